@@ -1,0 +1,1 @@
+../../neureasoner/__init__.py

@@ -1,0 +1,1 @@
+"""Problems, rollouts, judges and rewriters: everything that turns questions into labelled text."""

@@ -1,0 +1,1 @@
+"""Plans and the controller that runs them while a model generates."""

@@ -1,0 +1,1 @@
+"""Entry scripts for `accelerate launch` and the little they need: trigger tokens, label masks."""
