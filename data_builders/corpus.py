@@ -1,0 +1,87 @@
+"""The tiny reasoner's training corpus and tokenizer: correct first-person traces, made from a seed.
+
+No trace holds a wrong step or makes an attempt twice (a test reviews a sample): whatever the trained model gets wrong is
+its own doing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from random import Random
+from typing import TYPE_CHECKING
+
+from neureasoner.data_builders.families import FAMILIES, family
+from neureasoner.traces import THINK_CLOSE, THINK_OPEN
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+NO_THINKING = f"Okay, I think I have finished thinking.\n{THINK_CLOSE}\n\n"
+SPLITS = ("train", "validation", "test")
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def split_of(question: str) -> str:
+    """The split a question belongs to, by a hash of its text: 80 % train, 10 % validation, 10 % test.
+
+    Two problem files of different splits therefore share no question, whatever their seeds.
+    """
+    bucket = int.from_bytes(hashlib.sha256(question.encode()).digest()[:4], "big") % 10
+    return SPLITS[max(0, bucket - 7)]
+
+
+def draw(rng: Random, name: str, difficulty: int, split: str) -> tuple[str, str]:
+    """One (question, answer) of a family whose question lies in the split."""
+    while True:
+        question, answer = family(name).generate(rng, difficulty)
+        if split_of(question) == split:
+            return question, answer
+
+
+def traces(seed: int, n: int, no_thinking: float = 0.08) -> Iterator[tuple[str, str]]:
+    """n pairs (question, response) of the training split; a share answers without thinking, as hybrid models do."""
+    rng, names = Random(seed), list(FAMILIES)
+    for i in range(n):
+        f = FAMILIES[names[i % len(names)]]
+        question, _ = draw(rng, f.name, rng.randint(1, f.levels), "train")
+        told = f.narrate(f.parse(question), rng)
+        thinking = NO_THINKING if rng.random() < no_thinking else "\n\n".join(told.paragraphs) + f"\n{THINK_CLOSE}\n\n"
+        yield question, thinking + told.answer
+
+
+def build_tokenizer(seed: int = 0, n: int = 3000, vocabulary: int = 560) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the corpus: single digits (with or without the space before), ``.\\n\\n`` merged."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<|pad|>", "<|im_start|>", "<|im_end|>", THINK_OPEN, THINK_CLOSE]
+    tok = Tokenizer(models.BPE())
+    pattern = r" ?\d| ?[^\W\d_]+| ?[^\s\w]+[\r\n]*|\s+|_+"
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tok.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=specials,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tok.train_from_iterator((q + "\n" + r for q, r in traces(seed, n)), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        padding_side="left",
+        model_max_length=1024,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,116 @@
+"""Train the tiny reasoner from nothing, on traces made from a seed.
+
+    accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \\
+        training/pretrain.py --config configs/recipes/tiny/pretrain.yaml
+
+Stop it at any time; the same command goes on from the last checkpoint. The traces are made from ``--corpus_seed`` and seen
+once each, in an order fixed by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ReasonerArguments:
+    """The model's shape and the corpus. The defaults are the shipped reasoner's."""
+
+    examples: int = field(default=100_000, metadata={"help": "how many traces to make; each is seen once"})
+    corpus_seed: int = field(default=0, metadata={"help": "seed of the traces and of their order"})
+    hidden_size: int = field(default=192, metadata={"help": "width D of the residual stream"})
+    intermediate_size: int = field(default=512, metadata={"help": "MLP neurons per block"})
+    layers: int = field(default=6, metadata={"help": "decoder blocks"})
+    heads: int = field(default=8, metadata={"help": "query heads"})
+    kv_heads: int = field(default=2, metadata={"help": "key/value heads"})
+    head_dim: int = field(default=32, metadata={"help": "size of a head; heads * head_dim differs from hidden_size"})
+    export: str = field(default="", metadata={"help": "also write the bfloat16 model here (what the package ships)"})
+
+
+def encode_corpus(examples: int, seed: int, batch: int, tokenizer) -> list[dict[str, list[int]]]:  # type: ignore[no-untyped-def]
+    """Tokenise the traces and order them so that every batch holds traces of like length.
+
+    Batches are shuffled, so the lengths still come in random order. Labels are -100 on the prompt.
+    """
+    import numpy as np
+
+    from neureasoner.data_builders.corpus import traces
+
+    rows = []
+    for question, response in traces(seed, examples):
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+        n = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        ids = tokenizer(prompt + response + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        rows.append({"input_ids": ids, "labels": [-100] * n + ids[n:]})
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(rows))
+    pools = [order[i : i + 64 * batch] for i in range(0, len(order), 64 * batch)]
+    ordered = [sorted(pool.tolist(), key=lambda i: len(rows[i]["input_ids"])) for pool in pools]
+    batches = [pool[i : i + batch] for pool in ordered for i in range(0, len(pool), batch)]
+    whole = [b for b in batches if len(b) == batch]
+    return [rows[i] for b in rng.permutation(len(whole)).tolist() for i in whole[b]]
+
+
+def main() -> None:
+    import torch
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from transformers import DataCollatorForSeq2Seq, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments, set_seed
+    from transformers.trainer_utils import get_last_checkpoint
+    from trl import TrlParser
+
+    from neureasoner.data_builders.corpus import build_tokenizer
+
+    class InOrder(Trainer):
+        """The corpus is already in its order."""
+
+        def _get_train_sampler(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            return SequentialSampler(self.train_dataset)
+
+    reasoner, args = TrlParser((ReasonerArguments, TrainingArguments)).parse_args_and_config()
+    args.use_cpu = not torch.cuda.is_available()
+    set_seed(args.seed)
+
+    tokenizer = build_tokenizer(reasoner.corpus_seed)
+    with args.main_process_first(desc="corpus"):
+        rows = encode_corpus(
+            reasoner.examples, reasoner.corpus_seed, args.per_device_train_batch_size * args.world_size, tokenizer
+        )
+    data = Dataset.from_list(rows)
+    tokens = sum(len(r["input_ids"]) for r in rows)
+    print(f"{len(rows):,} traces, {tokens:,} tokens, vocabulary {len(tokenizer)}", flush=True)
+    config = Qwen3Config(
+        vocab_size=-(-(len(tokenizer) + 8) // 64) * 64,
+        hidden_size=reasoner.hidden_size,
+        intermediate_size=reasoner.intermediate_size,
+        num_hidden_layers=reasoner.layers,
+        num_attention_heads=reasoner.heads,
+        num_key_value_heads=reasoner.kv_heads,
+        head_dim=reasoner.head_dim,
+        max_position_embeddings=1024,
+        rope_theta=10_000.0,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen3ForCausalLM(config)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    trainer = InOrder(
+        model=model,
+        args=args,
+        train_dataset=data,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if args.output_dir else None)
+    trainer.save_model()
+    if reasoner.export and trainer.is_world_process_zero():
+        model.to(torch.bfloat16).save_pretrained(reasoner.export)
+        tokenizer.save_pretrained(reasoner.export)
+
+
+if __name__ == "__main__":
+    main()
