@@ -12,7 +12,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from neureasoner.data_builders.families import FAMILIES, family
-from neureasoner.traces import THINK_CLOSE, THINK_OPEN
+from neureasoner.traces import THINK_CLOSE, THINK_OPEN, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,8 +54,26 @@ def traces(seed: int, n: int, no_thinking: float = 0.08) -> Iterator[tuple[str, 
         yield question, thinking + told.answer
 
 
-def build_tokenizer(seed: int = 0, n: int = 3000, vocabulary: int = 560) -> PreTrainedTokenizerFast:
+def repaired(seed: int, n: int) -> Iterator[str]:
+    """Trigger blocks, for the tokenizer only: its words should be whole tokens, as they are in a real vocabulary."""
+    from neureasoner.data_builders.rewriters import ExactRewriter, Rejected, reference_from
+
+    rng, rewriter, names = Random(seed), ExactRewriter(), list(FAMILIES)
+    for i, (question, response) in enumerate(traces(seed, n, no_thinking=0.0)):
+        ref = reference_from(str(i), Problem(str(i), names[i % len(names)], 0, question, ""), response, "corpus")
+        for write in (rewriter.intra, rewriter.inter):
+            try:
+                row = write(ref, rng)
+            except Rejected:
+                continue
+            assert row.block_span
+            yield row.response[row.block_span[0] : row.block_span[1]].split("\n", 1)[1]
+
+
+def build_tokenizer(seed: int = 0, n: int = 3000, vocabulary: int = 632) -> PreTrainedTokenizerFast:
     """Byte-level BPE over the corpus: single digits (with or without the space before), ``.\\n\\n`` merged."""
+    from itertools import chain
+
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -75,7 +93,7 @@ def build_tokenizer(seed: int = 0, n: int = 3000, vocabulary: int = 560) -> PreT
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tok.train_from_iterator((q + "\n" + r for q, r in traces(seed, n)), trainer)
+    tok.train_from_iterator(chain((q + "\n" + r for q, r in traces(seed, n)), repaired(seed, n)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tok,
         pad_token="<|pad|>",

@@ -173,9 +173,15 @@ class Arithmetic:
 
     def review(self, task: Expression, paragraphs: list[str]) -> list[Review]:
         current, value, known, out = task, task.value(), set(task.numbers), []
+        passed = {str(task)}
         for text in paragraphs:
             r, eqs = Review(), equations(text)
-            free = text.startswith((SLOWLY, ROUGHLY, "[", "<"))
+            back = re.match(rf"Back to ({EXPRESSION.pattern})\.", text)
+            if back and back[1] in passed:
+                current = read_expression(back[1])
+            elif back:
+                r.error, r.quote, r.why = "hallucination", back[0], "there was no such expression before"
+            free = text.startswith((SLOWLY, ROUGHLY))
             if text.startswith("Let me check"):
                 r.key = ("check", "line")
             elif text.startswith(SLOWLY):
@@ -188,14 +194,15 @@ class Arithmetic:
                 r.key = ("route", text)
             for q in eqs:
                 bad = wrong_equation(q, None if free else known)
-                if bad and not r.error and not text.startswith("[") and "error span" not in text:
+                if bad and not r.error:
                     r.error, r.quote, r.why = bad.error, bad.quote, bad.why
                 known.update((q.c, int(calculate(q.a, q.op, q.b) or 0)))
             if eqs:
                 r.result = eqs[-1].c
             if eqs and r.key is None and not free:
-                current = self._derive(text, eqs[-1], current, r)
+                current = self._derive(text, current, r)
                 known.update(current.numbers)
+                passed.add(str(current))
             claim = re.search(r"(?:The answer is|the answer is|So the value is) (-?\d+)", text)
             if claim and not current.ops and not r.error and int(claim[1]) != current.numbers[0]:
                 r.error, r.quote = "hallucination", claim[0]
@@ -205,7 +212,7 @@ class Arithmetic:
         return out
 
     @staticmethod
-    def _derive(text: str, q: object, current: Expression, r: Review) -> Expression:
+    def _derive(text: str, current: Expression, r: Review) -> Expression:
         """Follow one derivation step; note in ``r`` what is wrong; return the expression the text goes on with."""
         eqs = equations(text)
         expected = current

@@ -214,10 +214,8 @@ class Countdown:
         out, known = [], {*task.numbers, task.target}
         for text in paragraphs:
             eqs, r = equations(text), Review()
-            if text.startswith(("[", "<")):
-                pass
-            elif text.startswith("Going back"):
-                r.key = ("check", "back", *(q.text for q in eqs))
+            if text.startswith(("Going back", "Work back")):
+                r.key = ("check", text.split()[0], *(q.text for q in eqs))
                 for q in eqs:
                     bad = wrong_equation(q, known)
                     if bad and not r.error:
@@ -245,7 +243,8 @@ class Countdown:
 
     @staticmethod
     def _attempt(text: str, eqs: list[Equation], task: Target, r: Review) -> None:
-        r.key = ("attempt", attempt_key([(q.a, q.op, q.b) for q in eqs]))
+        # The last value belongs to the identity: a miscalculated attempt done again and right is no revisit.
+        r.key = ("attempt", attempt_key([(q.a, q.op, q.b) for q in eqs]), eqs[-1].c)
         left, value = list(task.numbers), None
         for i, q in enumerate(eqs):
             bad = wrong_equation(q, None)

@@ -182,9 +182,16 @@ class Words:
         value, total, place = task.value(), task.start, 0
         given = {task.start, *(n for e in task.events if e.kind != "other" for n in (e.a, e.b) if n)}
         known, out = set(given), []
+        passed = {task.start: 0}  # total -> place in the story where it held
         for text in paragraphs:
             r, eqs = Review(), equations(text)
-            free = text.startswith((SLOWLY, ROUGHLY, "[", "<"))
+            back = re.match(r"Back to (\d+)\.", text)
+            if back and int(back[1]) in passed:
+                total = int(back[1])
+                place = passed[total]
+            elif back:
+                r.error, r.quote, r.why = "hallucination", back[0], "there was no such total before"
+            free = text.startswith((SLOWLY, ROUGHLY))
             for start, key in (
                 ("Let me check", ("check", "line")),
                 (ROUGHLY, ("check", "rough")),
@@ -197,7 +204,7 @@ class Words:
                 r.key = ("check", "slow", *(q.text for q in eqs[:1]))
             for q in eqs:
                 bad = wrong_equation(q, None if free else known)
-                if bad and not r.error and not text.startswith("["):
+                if bad and not r.error:
                     r.error, r.quote, r.why = bad.error, bad.quote, bad.why
                 known.update((q.c, int(calculate(q.a, q.op, q.b) or 0)))
             if eqs:
@@ -211,6 +218,7 @@ class Words:
                         r.error, r.quote, r.why = "hallucination", stated[0], f"the step gave {total}"
                     total = int(stated[1])
                 known.add(total)
+                passed[total] = place
             claim = re.search(rf"(?:The answer is|the answer is|So {task.name} has) (-?\d+)", text)
             if claim and not r.error and not free:
                 if int(claim[1]) != total:

@@ -1,0 +1,125 @@
+"""``data rollouts``: sample responses in batches; every finished batch is kept, so a kill costs one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+from neureasoner.data_builders.config import RolloutsConfig
+from neureasoner.data_builders.corpus import NO_THINKING
+from neureasoner.data_builders.families import extract_answer, score
+from neureasoner.stages import StageFolder
+from neureasoner.steps import segment
+from neureasoner.traces import Problem, Trace, read_problems, read_traces, write_rows
+
+
+def prompt_text(tokenizer: Any, question: str) -> str:
+    """The chat prompt, opened for thinking."""
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+    )
+
+
+def build_trace(
+    tokenizer: Any, problem: Problem, name: str, prompt_ids: Sequence[int], response_ids: Sequence[int], **meta: Any
+) -> Trace:
+    """Assemble a Trace: text, steps and whether it ended by itself."""
+    ids = list(response_ids)
+    finished = bool(ids) and ids[-1] == tokenizer.eos_token_id
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    steps, thinking = segment(ids, tokenizer)
+    return Trace(name, problem, list(prompt_ids), ids, text, steps, finished, meta={"thinking_tokens": thinking, **meta})
+
+
+def sample_batch(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], config: RolloutsConfig, seed: int
+) -> list[list[int]]:
+    """Sample one response per prompt (left-padded batch). Returns token ids up to and with EOS."""
+    import torch
+
+    width = max(map(len, prompts))
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if config.temperature > 0:
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.inference_mode():
+        torch.manual_seed(seed)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=config.max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=eos,
+            **sampling,
+        )
+    rows = out[:, width:].tolist()
+    return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+
+
+def sample_rollouts(config: RolloutsConfig) -> dict[str, Any]:
+    """Stage ``data rollouts``. Writes traces.jsonl (and records/ where sites were asked for)."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from neureasoner.models import load, load_tokenizer
+
+    problems = list(islice(read_problems(config.problems), config.limit or None))
+    folder = StageFolder(config.out, "data rollouts", config, inputs=[config.problems])
+    if folder.done:
+        return folder.summary
+    tokenizer = load_tokenizer(config.model)
+    jobs = [(p, s) for s in range(config.samples) for p in problems]
+    # Neighbours of like length waste the least padding: a batch runs until its longest response ends.
+    jobs.sort(key=lambda job: (job[1], job[0].family, job[0].difficulty))
+    batches = [jobs[i : i + config.batch_size] for i in range(0, len(jobs), config.batch_size)]
+    parts = [folder.path / "parts" / f"{i:05d}.jsonl" for i in range(len(batches))]
+    model: Any = None
+    right = done = 0
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as bar:
+        task = bar.add_task("sampling", total=len(jobs))
+        for i, (batch, part) in enumerate(zip(batches, parts, strict=True)):
+            if not part.is_file():
+                if model is None:
+                    model, _ = load(config.model)
+                traces = _sample_part(model, tokenizer, batch, config, config.seed * 100_003 + i)
+                write_rows(part, traces)
+            else:
+                traces = read_traces(part)
+            done += len(batch)
+            right += sum(score(t.problem, extract_answer(t.response)) for t in traces if t.finished)
+            bar.update(task, advance=len(batch), description=f"sampling ({right / done:.0%} right)")
+    write_rows(folder.path / "traces.jsonl", (t for part in parts for t in read_traces(part)))
+    if config.record:
+        from neureasoner.probes.record import record_to  # heavy, and only needed here
+
+        if model is None:
+            model, _ = load(config.model)
+        record_to(folder.path / "records", model, tokenizer, read_traces(folder.path / "traces.jsonl"), config.record)
+    for part in parts:
+        part.unlink()
+    return folder.finish({"n": len(jobs), "accuracy": round(right / max(1, done), 4)})
+
+
+def _sample_part(
+    model: Any, tokenizer: Any, batch: list[tuple[Problem, int]], config: RolloutsConfig, seed: int
+) -> list[Trace]:
+    texts = [prompt_text(tokenizer, p.question) + (NO_THINKING if config.no_thinking else "") for p, _ in batch]
+    prompts = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+    responses = sample_batch(model, tokenizer, prompts, config, seed)
+    traces = [
+        build_trace(tokenizer, p, f"{p.id}#{s}", prompt, response, seed=seed, no_thinking=config.no_thinking)
+        for (p, s), prompt, response in zip(batch, prompts, responses, strict=True)
+    ]
+    if config.no_thinking:  # the thinking was closed in the prompt: nothing of the response belongs to it
+        for t in traces:
+            t.steps, t.meta["thinking_tokens"] = [], 0
+    return traces
