@@ -1,0 +1,60 @@
+"""The exact rewriter: every row obeys the layout, holds exactly one error, and its repair is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from neureasoner.data_builders.config import ReconstructConfig
+from neureasoner.data_builders.families import extract_answer, score
+from neureasoner.data_builders.layouts import parse
+from neureasoner.data_builders.reconstruct import make_rows, reconstruct, references
+from neureasoner.data_builders.rewriters import ExactRewriter
+from neureasoner.traces import INTER, INTRA
+
+
+@pytest.fixture(scope="module")
+def rows():
+    config = ReconstructConfig(out="-", corpus=240, intra=1, inter=1, plain=0.5, seed=4)
+    return make_rows(references(config), ExactRewriter(), config)
+
+
+def test_every_level_and_family_occurs(rows) -> None:
+    made, rejected = rows
+    assert {(r.level, r.problem.family) for r in made} >= {
+        (level, name) for level in ("intra", "inter", "plain") for name in ("arithmetic", "countdown", "words")
+    }
+    assert len(rejected) < 0.35 * len(made)
+    assert all(r["reason"] for r in rejected)
+
+
+def test_one_trigger_at_its_span_and_the_right_answer(rows) -> None:
+    for r in rows[0]:
+        assert score(r.problem, extract_answer(r.response)), r.response
+        n = r.response.count(INTRA) + r.response.count(INTER)
+        assert n == (r.level != "plain")
+        if r.level == "plain":
+            continue
+        a, b = r.trigger_span
+        assert r.response[a:b] == (INTRA if r.level == "intra" else INTER)
+        assert r.response[a - 2 : a] == "\n\n" and r.response[b] == "\n"
+        block = parse(r.response).block
+        if r.level == "intra":
+            assert block.error_span in r.response[: r.trigger_span[0]]
+
+
+def test_control_arm_has_neither_failure_nor_block() -> None:
+    config = ReconstructConfig(out="-", corpus=60, intra=1, inter=1, plain=0, control_arm=True)
+    made, _ = make_rows(references(config), ExactRewriter(), config)
+    assert made and all(INTRA not in r.response and "FAILURE" not in r.response for r in made)
+    assert all(score(r.problem, extract_answer(r.response)) for r in made)
+
+
+def test_stage_is_reproducible_and_finishes_once(tmp_path: Path) -> None:
+    a = reconstruct(ReconstructConfig(out=str(tmp_path / "a"), corpus=30))
+    reconstruct(ReconstructConfig(out=str(tmp_path / "b"), corpus=30))
+    assert (tmp_path / "a/train.jsonl").read_bytes() == (tmp_path / "b/train.jsonl").read_bytes()
+    before = (tmp_path / "a/train.jsonl").stat().st_mtime_ns
+    assert reconstruct(ReconstructConfig(out=str(tmp_path / "a"), corpus=30)) == a
+    assert (tmp_path / "a/train.jsonl").stat().st_mtime_ns == before
