@@ -80,7 +80,7 @@ class InterLabel:
 
 @dataclass
 class Labels:
-    """Everything a judge says of one trace. ``answer_token``: first thinking token after which the gold answer stood."""
+    """Everything a judge says of one trace. ``answer_token``: first thinking token after which the gold one stood."""
 
     correct: bool
     answer: str | None

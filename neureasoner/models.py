@@ -1,0 +1,117 @@
+"""Load a model by name, and tell one set of weights from another. No pickle, no remote code."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neureasoner.artifacts import fingerprint as hash_of
+from neureasoner.errors import UserError
+from neureasoner.sites import SUPPORTED, Layout
+
+if TYPE_CHECKING:
+    import torch
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+SAMPLE = 64  # values of each parameter that enter the fingerprint
+
+
+def resolve(name: str) -> str:
+    """Folder or hub id behind ``name``; ``tiny`` is the shipped reasoner.
+
+    Raises UserError if ``tiny`` is not packaged, or for a path that is no model folder.
+    """
+    if name == "tiny":
+        if not (TINY / "config.json").is_file():
+            raise UserError("the shipped reasoner 'tiny' is not in this installation; name a model folder instead")
+        return str(TINY)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{name}: holds no config.json, so it is not a model folder")
+        return str(path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{name}: no such model folder")
+    return name
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, else CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of ``name``, padding on the left, with a padding token. Raises UserError."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"model '{name}': the tokenizer cannot be loaded ({_first_line(e)})") from None
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load(name: str, device: Any = None, dtype: Any = None) -> tuple[Any, Any]:
+    """``(model in eval mode, tokenizer)`` of a folder, a hub id or ``tiny``.
+
+    ``device``: default CUDA where there is one. ``dtype`` (a torch dtype or its name): default float32 on CPU, bfloat16
+    on a GPU. Raises UserError for a missing model and, before reading weights, for an unknown architecture.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    device = default_device() if device is None else torch.device(device)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise UserError("dtype is unknown; use float32, bfloat16 or float16")
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    source = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if config.model_type not in SUPPORTED.values():
+            raise UserError(
+                f"model '{name}': architecture {(config.architectures or ['?'])[0]} (model_type {config.model_type}) "
+                f"is not supported; use one of {', '.join(SUPPORTED)}"
+            )
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"model '{name}': cannot be loaded ({_first_line(e)})") from None
+    Layout.of(model)
+    return model.to(device).eval(), load_tokenizer(name)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def fingerprint(model: Any) -> str:
+    """Content hash of the weights, to bind a probe to the model it was fitted on.
+
+    Hashes the sizes, every parameter's name and shape, and an evenly strided sample of its values. The sample is
+    rounded to bfloat16 first, so a checkpoint has one fingerprint whether it is loaded in float32 or bfloat16.
+    """
+    import torch
+
+    layout = Layout.of(model)
+    sizes = (layout.model_type, layout.hidden_size, layout.n_heads, layout.n_kv_heads, layout.head_dim)
+    shapes, samples = [], []
+    for name, value in sorted(model.named_parameters()):
+        shapes.append((name, tuple(value.shape)))
+        flat = value.detach().reshape(-1)
+        sample = flat[:: max(1, -(-flat.numel() // SAMPLE))]
+        samples.append(sample.to(torch.bfloat16).float().cpu())
+    values = torch.cat(samples).numpy().tobytes()
+    return hash_of(sizes, layout.n_layers, layout.intermediate_size, shapes, hashlib.sha256(values).hexdigest())
