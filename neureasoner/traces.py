@@ -17,6 +17,8 @@ from neureasoner.errors import UserError
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 INTRA, INTER = "<INTRA>", "<INTER>"
+# What NoThinking adds to the prompt after the opened thinking (core.md §5.9).
+NO_THINKING = f"Okay, I think I have finished thinking.\n{THINK_CLOSE}\n\n"
 
 
 @dataclass

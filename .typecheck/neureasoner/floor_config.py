@@ -1,0 +1,1 @@
+../../neureasoner/floor_config.py

@@ -1,0 +1,1 @@
+../../neureasoner/traces.py

@@ -1,0 +1,85 @@
+"""Every command: its help, its settings and its library function, as names, so that listing them imports nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """One stage. ``script`` is set where the function runs in a process of its own under ``accelerate launch``."""
+
+    help: str
+    config_module: str
+    config: str
+    module: str
+    function: str
+    script: str = ""
+
+    def config_class(self) -> Any:
+        """Import the settings (light)."""
+        return getattr(import_module(f"neureasoner.{self.config_module}"), self.config)
+
+    def load(self) -> Callable[[Any], Any]:
+        """Import the library function (heavy)."""
+        return getattr(import_module(f"neureasoner.{self.module}"), self.function)
+
+
+def _data(help: str, config: str, module: str, function: str) -> Command:
+    return Command(help, "data_builders.config", config, f"data_builders.{module}", function)
+
+
+def _probes(help: str, config: str, module: str) -> Command:
+    return Command(help, "probes.config", config, f"probes.{module}", module)
+
+
+COMMANDS: dict[str, Command] = {
+    "data problems": _data("write a problem file", "ProblemsConfig", "problem_file", "build_problems"),
+    "data rollouts": _data("sample responses to problems", "RolloutsConfig", "rollouts", "sample_rollouts"),
+    "data judge": _data("label traces: wrong steps, loops, answers", "JudgeConfig", "judges", "judge_traces"),
+    "data reconstruct": _data(
+        "turn failures into repairs to train on", "ReconstructConfig", "reconstruct", "reconstruct"
+    ),
+    "data inspect": _data("look at problems, traces or training rows", "InspectConfig", "inspect", "inspect"),
+    "probes locate": _probes("find the neurons of each failure", "LocateConfig", "locate"),
+    "probes fit": _probes("train the failure detectors", "FitConfig", "fit"),
+    "probes report": _probes("table and figures of the detectors", "ReportConfig", "report"),
+    "training sft": Command(
+        "teach a model its trigger tokens (accelerate launch training/sft.py)",
+        "training.sft_config",
+        "SftArguments",
+        "training.sft",
+        "main",
+        script="sft.py",
+    ),
+    "assemble": Command(
+        "put model, probes and plan into one steered checkpoint",
+        "inference.config",
+        "AssembleConfig",
+        "inference.steered",
+        "assemble",
+    ),
+    "generate": Command(
+        "generate with a steered checkpoint, showing its events",
+        "inference.config",
+        "GenerateConfig",
+        "inference.generate",
+        "generate",
+    ),
+    "evaluate": Command(
+        "compare arms on problems: results.json and report.html",
+        "evaluation.config",
+        "EvaluateConfig",
+        "evaluation.evaluate",
+        "evaluate",
+    ),
+    "doctor": Command(
+        "say what is installed and whether hooks fire", "floor_config", "DoctorConfig", "doctor", "doctor"
+    ),
+    "run": Command("run a recipe: a whole chain of stages", "floor_config", "RunConfig", "run", "run_recipe"),
+}
+
+GROUPS = {"data": "problems, rollouts, judges", "probes": "neurons and detectors", "training": "teach the triggers"}
