@@ -12,12 +12,11 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from neureasoner.data_builders.families import FAMILIES, family
-from neureasoner.traces import THINK_CLOSE, THINK_OPEN, Problem
+from neureasoner.traces import NO_THINKING, THINK_CLOSE, THINK_OPEN, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-NO_THINKING = f"Okay, I think I have finished thinking.\n{THINK_CLOSE}\n\n"
 SPLITS = ("train", "validation", "test")
 
 CHAT_TEMPLATE = (

@@ -7,11 +7,10 @@ from itertools import islice
 from typing import Any
 
 from neureasoner.data_builders.config import RolloutsConfig
-from neureasoner.data_builders.corpus import NO_THINKING
 from neureasoner.data_builders.families import extract_answer, score
 from neureasoner.stages import StageFolder
 from neureasoner.steps import segment
-from neureasoner.traces import Problem, Trace, read_problems, read_traces, write_rows
+from neureasoner.traces import NO_THINKING, Problem, Trace, read_problems, read_traces, write_rows
 
 
 def prompt_text(tokenizer: Any, question: str) -> str:
