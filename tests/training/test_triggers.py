@@ -1,0 +1,69 @@
+"""Trigger tokens: where they go, what they start from, and that adding them twice changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from neureasoner.errors import UserError
+from neureasoner.traces import INTER, INTRA
+from neureasoner.training.triggers import add_triggers, trigger_ids
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("spare", [5, 1, 0])
+def test_rows_are_the_mean_of_the_others(
+    make_model: Callable[..., Any], own_tokenizer: Any, tied: bool, spare: int
+) -> None:
+    known = len(own_tokenizer)
+    model = make_model(tie_word_embeddings=tied, vocab_size=known + spare)
+    before = [m.weight[:known].detach().clone() for m in (model.get_input_embeddings(), model.get_output_embeddings())]
+    ids = add_triggers(model, own_tokenizer)
+    assert ids == {INTRA: [known], INTER: [known + 1]}
+    assert model.config.vocab_size == known + max(spare, 2), "grows only if there are too few spare rows"
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+    for old, module in zip(before, (model.get_input_embeddings(), model.get_output_embeddings()), strict=True):
+        assert torch.equal(module.weight[:known], old), "no other row moves"
+        for (place,) in ids.values():
+            torch.testing.assert_close(module.weight[place], old.mean(0))
+    assert own_tokenizer.convert_ids_to_tokens(own_tokenizer("a.\n\n<INTRA>\nb").input_ids).count(INTRA) == 1
+
+
+def test_a_second_call_changes_nothing(make_model: Callable[..., Any], own_tokenizer: Any) -> None:
+    model = make_model()
+    first = add_triggers(model, own_tokenizer)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[first[INTRA]] = 3.0
+    state, size = {k: v.clone() for k, v in model.state_dict().items()}, len(own_tokenizer)
+    assert add_triggers(model, own_tokenizer) == first
+    assert len(own_tokenizer) == size
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_keep_leaves_spare_rows_alone(make_model: Callable[..., Any], own_tokenizer: Any) -> None:
+    model = make_model()
+    before = model.get_input_embeddings().weight.detach().clone()
+    add_triggers(model, own_tokenizer, init="keep")
+    assert torch.equal(model.get_input_embeddings().weight, before)
+
+
+def test_unknown_init_is_refused(make_model: Callable[..., Any], own_tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="mean"):
+        add_triggers(make_model(), own_tokenizer, init="zero")
+
+
+def test_a_saved_tokenizer_keeps_them(make_model: Callable[..., Any], own_tokenizer: Any, tmp_path: Any) -> None:
+    from transformers import AutoTokenizer
+
+    ids = add_triggers(make_model(), own_tokenizer)
+    own_tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert trigger_ids(again) == ids and {INTRA, INTER} <= set(again.all_special_tokens)
+
+
+def test_without_adding_a_trigger_is_its_pieces(tiny_tokenizer: Any) -> None:
+    ids = trigger_ids(tiny_tokenizer)
+    assert all(len(v) > 1 for v in ids.values()) and tiny_tokenizer.decode(ids[INTRA]) == INTRA

@@ -1,0 +1,100 @@
+"""Settings of ``training/sft.py``: our own arguments, and the paper's values for TRL's. Standard library only."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any
+
+from neureasoner.errors import UserError
+from neureasoner.traces import INTER, INTRA
+
+# Table of core.md §1.9, in TRL's words. ``max_length`` is not in the paper; TRL's own default of 1,024 would cut rows.
+PAPER: dict[str, Any] = {
+    "num_train_epochs": 1,
+    "learning_rate": 1e-5,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "max_length": 16_384,
+    "per_device_train_batch_size": 1,
+    "seed": 0,
+    "logging_steps": 10,
+    "save_strategy": "steps",
+    "save_steps": 0.1,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+# Fields of TrainingArguments that do not change the weights that come out.
+_NEUTRAL = re.compile(
+    r"output_dir|logging|log_|save_|eval|per_device_eval|report_to|disable_tqdm|hub_|push_|resume_|use_cpu|dataloader_|run_name"
+    r"|project|trackio|ddp_|do_|local_rank|gradient_checkpointing|activation_|torch_|include_|accelerator|skip_memory|dataset_"
+)
+
+
+@dataclass
+class SftArguments:
+    """What is trained on what; every other option is a field of TRL's ``SFTConfig``."""
+
+    model: str = field(default="tiny", metadata={"help": "model folder, hub id, or 'tiny', the shipped reasoner"})
+    data: str = field(default="", metadata={"help": "train.jsonl of 'neureasoner data reconstruct'"})
+    out: str = field(default="", metadata={"help": "folder for the model; checkpoints go to out/checkpoints"})
+    mask_failure: bool = field(
+        default=False, metadata={"help": "do not train on the injected failure (the paper trains on it)"}
+    )
+    batch_size: int = field(
+        default=64, metadata={"help": "rows per update over all devices; gradient accumulation follows from it"}
+    )
+    add_triggers: bool = field(
+        default=True, metadata={"help": "make each trigger one token; otherwise it stays several pieces"}
+    )
+    triggers: list[str] = field(default_factory=lambda: [INTRA, INTER], metadata={"help": "the trigger texts"})
+    trigger_init: str = field(
+        default="mean", metadata={"help": "rows of new tokens: 'mean' of all others, or 'keep' what stands there"}
+    )
+    too_long: str = field(
+        default="error", metadata={"help": "rows over max_length: 'error', or 'drop' them and say how many"}
+    )
+    eval_share: float = field(default=0.0, metadata={"help": "share of problems held out to follow the loss on"})
+    dtype: str = field(default="float32", metadata={"help": "weights while training; bf16 autocast is a field of TRL"})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eval_share < 1:
+            raise UserError(f"eval_share must be in [0, 1), got {self.eval_share}")
+        if self.too_long not in ("error", "drop"):
+            raise UserError(f"too_long must be 'error' or 'drop', got {self.too_long!r}")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be positive, got {self.batch_size}")
+
+
+@dataclass
+class SftSettings:
+    """What identifies a run: our arguments, and those of TRL that differ from its defaults and change the result."""
+
+    out: str
+    script: dict[str, Any]
+    training: dict[str, Any]
+
+
+def settings_of(script: SftArguments, args: Any) -> SftSettings:
+    """``args``: TRL's SFTConfig."""
+    defaults, ours = {f.name: f.default for f in fields(args)}, asdict(script)
+    out = ours.pop("out")
+    chosen = {
+        key: value
+        for key, value in args.to_dict().items()
+        if value != defaults.get(key) and not _NEUTRAL.match(key) and getattr(args, key, None) not in (None, [])
+    }
+    return SftSettings(out, ours, chosen)
+
+
+def usage() -> str:
+    """Our arguments as text, without importing TRL (which takes seconds)."""
+    lines = ["usage: accelerate launch training/sft.py --config CONFIG.yaml [--KEY VALUE ...]", ""]
+    for f in fields(SftArguments):
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        lines.append(f"  --{f.name:<14} {f.metadata['help']} (default: {default!r})")
+    lines += ["", "and every field of TRL's SFTConfig (--help_all lists them); preset here to the paper's values:"]
+    lines += [f"  --{k:<28} {v}" for k, v in PAPER.items()]
+    return "\n".join(lines)
