@@ -112,7 +112,12 @@ def row_text(row: Reconstruction, tokenizer: Any = None, mask_failure: bool = Fa
 def masked_spans(row: Reconstruction, tokenizer: Any, mask_failure: bool = False) -> list[tuple[int, int]]:
     """Characters of the response whose tokens carry label -100 in training, from the very function training uses."""
     encoded = encode_row(row, tokenizer, trigger_ids(tokenizer), mask_failure)
-    return [s for label, s in zip(encoded.labels, encoded.spans, strict=True) if label == IGNORE and s[0] >= 0]
+    spans: list[tuple[int, int]] = []
+    for label, (start, end) in zip(encoded.labels, encoded.spans, strict=True):
+        if label == IGNORE and start >= 0:
+            begin = spans.pop()[0] if spans and spans[-1][1] == start else start
+            spans.append((begin, end))
+    return spans
 
 
 def show(record: Record, console: Console, tokenizer: Any = None, mask_failure: bool = False) -> None:

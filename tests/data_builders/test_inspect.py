@@ -62,8 +62,8 @@ def test_colours_mark_failure_trigger_and_masked_tokens(tiny_tokenizer: Any) -> 
     text = row_text(ROW, tiny_tokenizer)
     assert styled(text, "red") == ["2 + 2 = 5."]
     assert "".join(styled(text, "yellow")).startswith("<INTRA>\n[FAILURE_INTRA] Wait.")
-    assert "".join(styled(text, "dim on blue")) == "<INTRA>"
-    assert "".join(styled(row_text(ROW, tiny_tokenizer, True), "dim on blue")) == "2 + 2 = 5<INTRA>"
+    assert styled(text, "dim on blue") == ["<INTRA>"]
+    assert styled(row_text(ROW, tiny_tokenizer, True), "dim on blue") == ["2 + 2 = 5", "<INTRA>"]
     assert styled(row_text(ROW), "dim on blue") == [] == masked_spans(PLAIN, tiny_tokenizer)
     assert styled(trace_text(trace("t", True)), "red") == ["2 + 2 = 5"]
 
