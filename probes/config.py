@@ -1,0 +1,109 @@
+"""Settings of the probe stages. Standard library only, so that `--help` is fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from neureasoner.errors import UserError
+
+CANDIDATES = ["spectral", "entropy", "residual", "entropy+residual", "entropy+residual+spectral"]
+
+
+def _at_least(config: object, key: str, least: int) -> None:
+    if getattr(config, key) < least:
+        raise UserError(f"key '{key}' must be at least {least}, got {getattr(config, key)}")
+
+
+def _shares(validation: float, test: float) -> None:
+    if validation <= 0 or test <= 0 or validation + test >= 1:
+        raise UserError(f"keys 'validation' and 'test' are shares above 0 and below 1 in sum, got {validation}, {test}")
+
+
+@dataclass
+class LocateConfig:
+    """Find the neurons and heads that show each failure (core.md §1.2). Uses training problems only."""
+
+    model: str = field(metadata={"help": "model folder, hub id, or 'tiny'"})
+    traces: str = field(metadata={"help": "judged traces.jsonl"})
+    out: str = field(metadata={"help": "folder to write neurons.json and figures into"})
+    nothinking: str = field(
+        default="", metadata={"help": "judged NoThinking traces of the same problems (easy labels)"}
+    )
+    layer: int = field(default=-1, metadata={"help": "block to look at, from 0; -1 is the middle one, L // 2"})
+    neurons: int = field(default=32, metadata={"help": "neurons kept for intra and for instance"})
+    heads: int = field(default=8, metadata={"help": "heads kept for inter (at most as many as a block has)"})
+    quantile: float = field(default=1.0, metadata={"help": "quantile of a span's ranks; 1 is the worst rank"})
+    contrast: bool = field(default=True, metadata={"help": "prefer components that clean spans do not select"})
+    exclude_separators: bool = field(default=True, metadata={"help": "leave a step's closing token out of its span"})
+    first_steps: int = field(default=4, metadata={"help": "steps K that an instance span holds"})
+    max_traces: int = field(default=200, metadata={"help": "failing and clean traces per level"})
+    batch_size: int = field(default=8, metadata={"help": "sequences recorded at once (for the example figure)"})
+    validation: float = field(default=0.2, metadata={"help": "share of problems kept for validation, as in probes fit"})
+    test: float = field(default=0.2, metadata={"help": "share of problems kept for the test, as in probes fit"})
+    seed: int = field(default=0, metadata={"help": "seed of the split by problem, as in probes fit"})
+
+    def __post_init__(self) -> None:
+        for key in ("neurons", "heads", "first_steps", "max_traces", "batch_size"):
+            _at_least(self, key, 1)
+        if not 0 < self.quantile <= 1:
+            raise UserError(f"key 'quantile' must lie in (0, 1], got {self.quantile}")
+        if self.layer < -1:
+            raise UserError(f"key 'layer' counts from 0, or is -1 for the middle block, got {self.layer}")
+        _shares(self.validation, self.test)
+
+
+@dataclass
+class FitConfig:
+    """Fit, choose, calibrate and test one probe per level, with controls (core.md §1.7)."""
+
+    model: str = field(metadata={"help": "model folder, hub id, or 'tiny'"})
+    traces: str = field(metadata={"help": "judged traces.jsonl"})
+    neurons: str = field(metadata={"help": "neurons.json written by probes locate"})
+    out: str = field(metadata={"help": "folder to write the probes and results.json into"})
+    nothinking: str = field(
+        default="", metadata={"help": "judged NoThinking traces of the same problems (easy labels)"}
+    )
+    candidates: list[str] = field(
+        default_factory=lambda: list(CANDIDATES), metadata={"help": "feature sets to choose among on validation"}
+    )
+    intra: list[int] = field(default_factory=lambda: [2, 4], metadata={"help": "windows k to try for intra"})
+    inter: list[int] = field(default_factory=lambda: [4, 8], metadata={"help": "windows k to try for inter"})
+    instance: list[int] = field(default_factory=lambda: [2, 4], metadata={"help": "steps K to try for instance"})
+    false_alarm_rate: float = field(
+        default=0.1, metadata={"help": "share of clean traces that may be alarmed, per level"}
+    )
+    epochs: int = field(default=40, metadata={"help": "most epochs; stops early on validation AUROC"})
+    hidden: int = field(default=128, metadata={"help": "width of the two hidden layers"})
+    dropout: float = field(default=0.1, metadata={"help": "dropout after each hidden layer"})
+    weight_decay: list[float] = field(
+        default_factory=lambda: [0.01, 3.0],
+        metadata={"help": "AdamW weight decays to choose among; wide feature sets need the larger one"},
+    )
+    validation: float = field(default=0.2, metadata={"help": "share of problems for choosing and calibrating"})
+    test: float = field(default=0.2, metadata={"help": "share of problems for the reported numbers"})
+    batch_size: int = field(default=16, metadata={"help": "sequences recorded at once"})
+    bootstrap: int = field(default=1000, metadata={"help": "draws of problems behind each interval"})
+    seed: int = field(default=0, metadata={"help": "seed of split, weights, control channels and intervals"})
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "hidden", "batch_size", "bootstrap"):
+            _at_least(self, key, 1)
+        if not 0 <= self.false_alarm_rate < 1:
+            raise UserError(f"key 'false_alarm_rate' must lie in [0, 1), got {self.false_alarm_rate}")
+        for level, least in (("intra", 2), ("inter", 2), ("instance", 1)):
+            windows = getattr(self, level)
+            if not windows or min(windows) < least:
+                raise UserError(f"key '{level}' needs windows of at least {least} steps, got {windows}")
+        if not self.weight_decay:
+            raise UserError("key 'weight_decay' is empty; name at least one value, for example 0.01")
+        if not self.candidates:
+            raise UserError("key 'candidates' is empty; name at least one feature set, for example 'entropy'")
+        _shares(self.validation, self.test)
+
+
+@dataclass
+class ReportConfig:
+    """Print the probes' results and draw their ROC curves and score histograms."""
+
+    fit: str = field(metadata={"help": "folder written by probes fit"})
+    out: str = field(metadata={"help": "folder to write the figures into"})
