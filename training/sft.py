@@ -124,7 +124,7 @@ def build(script: SftArguments, args: Any, callbacks: Sequence[Any] = ()) -> tup
 def main(script: SftArguments, args: Any, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train, and leave a model folder in ``script.out``. Returns the summary of ``stage.json``."""
     from neureasoner.models import resolve
-    from neureasoner.stages import StageFolder
+    from neureasoner.stages import STARTED, StageFolder
     from neureasoner.training.checkpoints import last_whole, save_whole
 
     # ---- Done already?
@@ -137,7 +137,12 @@ def main(script: SftArguments, args: Any, callbacks: Sequence[Any] = ()) -> dict
         return stage.summary
 
     # ---- Build, train, resume
-    trainer, about = build(script, args, callbacks)
+    try:
+        trainer, about = build(script, args, callbacks)
+    except UserError:
+        if not (stage.path / "checkpoints").exists():
+            (stage.path / STARTED).unlink(missing_ok=True)  # nothing was made: other settings may use the folder
+        raise
     counts = about["data"]["train"]
     checkpoint = args.resume_from_checkpoint or last_whole(args.output_dir)
     if main_process:

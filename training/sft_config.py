@@ -18,7 +18,7 @@ PAPER: dict[str, Any] = {
     "max_length": 16_384,
     "per_device_train_batch_size": 1,
     "seed": 0,
-    "logging_steps": 10,
+    "logging_steps": 0.02,  # a share of all steps
     "save_strategy": "steps",
     "save_steps": 0.1,
     "save_total_limit": 2,

@@ -278,7 +278,8 @@ def test_bad_rows_are_named(model_folder: Path, train_file: Path, tmp_path: Path
     with pytest.raises(UserError, match="no multiple"):
         more = ["--per_device_train_batch_size", "3"]
         train_file.write_text(lines[0])
-        sft.main(*sft.parse(arguments(model_folder, train_file, tmp_path / "two", *more)))
+        sft.main(*sft.parse(arguments(model_folder, train_file, tmp_path / "out", *more)))
+    assert list((tmp_path / "out").iterdir()) == [], "nothing is left that would refuse the corrected run"
 
 
 def test_help_does_not_import_torch() -> None:
