@@ -1,0 +1,60 @@
+"""Settings of the inference stages. Standard library only, so that ``--help`` is fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from neureasoner.errors import UserError
+
+
+@dataclass
+class AssembleConfig:
+    """Put a model, its probes and a plan together into one steered checkpoint."""
+
+    model: str = field(metadata={"help": "model folder, hub id, or 'tiny'; trained on the plan's trigger tokens"})
+    probes: str = field(metadata={"help": "folder that `probes fit` wrote (intra/, inter/, instance/, paper/)"})
+    out: str = field(metadata={"help": "folder of the steered checkpoint"})
+    plan: str = field(default="configs/plans/neureasoner.yaml", metadata={"help": "plan file"})
+    base: str = field(
+        default="", metadata={"help": "model this one was trained from; probes fitted on it are accepted too"}
+    )
+
+    def __post_init__(self) -> None:
+        for key in ("model", "probes", "out", "plan"):
+            if not getattr(self, key):
+                raise UserError(f"key '{key}' is empty")
+
+
+@dataclass
+class GenerateConfig:
+    """Generate with a steered checkpoint and show where it stepped in."""
+
+    model: str = field(metadata={"help": "steered checkpoint (a folder that `assemble` wrote)"})
+    prompt: list[str] = field(
+        default_factory=list, metadata={"help": "questions to answer", "positional": True, "split": False}
+    )
+    problems: str = field(default="", metadata={"help": "problem file (jsonl) to answer instead of prompts"})
+    limit: int = field(default=0, metadata={"help": "use only the first so many problems; 0 means all"})
+    plan: str = field(default="", metadata={"help": "plan file to use instead of the checkpoint's own"})
+    rules: list[str] = field(
+        default_factory=list, metadata={"help": "keep only these rules of the plan; 'none' watches nothing"}
+    )
+    samples: int = field(default=1, metadata={"help": "responses per question"})
+    max_new_tokens: int = field(default=512, metadata={"help": "cap on tokens, forced ones included"})
+    temperature: float = field(default=0.6, metadata={"help": "sampling temperature; 0 is greedy"})
+    top_p: float = field(default=0.95, metadata={"help": "nucleus of the sampling"})
+    seed: int = field(default=0, metadata={"help": "sampling seed"})
+    batch_size: int = field(default=32, metadata={"help": "responses decoded together"})
+    stream: bool = field(default=True, metadata={"help": "show a single response while it is written"})
+    nothinking: bool = field(default=False, metadata={"help": "prefill the closed thinking block (NoThinking)"})
+    device: str = field(default="", metadata={"help": "torch device; empty = GPU if there is one"})
+    out: str = field(default="", metadata={"help": "folder to write traces.jsonl into; empty = only show"})
+
+    def __post_init__(self) -> None:
+        if bool(self.prompt) == bool(self.problems):
+            raise UserError("give either 'prompt' (questions) or 'problems' (a file), not both or neither")
+        for key in ("samples", "max_new_tokens", "batch_size"):
+            if getattr(self, key) < 1:
+                raise UserError(f"key '{key}' must be at least 1, got {getattr(self, key)}")
+        if self.limit < 0:
+            raise UserError(f"key 'limit' must not be negative, got {self.limit}")

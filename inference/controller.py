@@ -1,0 +1,258 @@
+"""The controller: watch sites while ``generate`` runs, and force text when a rule fires (core.md §1.10).
+
+It lives in two places of a stock Transformers ``generate``: read hooks on the sites that the plan's probes declare, and
+one ``LogitsProcessor``, which Transformers runs before temperature and top-p. In the processor call that chooses token
+``t+1`` the activations of token ``t`` are known, so there is no lag. When no rule fires, scores come back untouched.
+
+Legend: B rows, T response tokens so far, C channels, V vocabulary, d features of a probe.
+
+Usage::
+
+    controller = Controller(model, tokenizer, plan, probes)
+    with controller.watch([[...prompt ids...], ...]) as watch:
+        model.generate(..., logits_processor=LogitsProcessorList([watch]))
+    watch.rows[0].events
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor
+
+from neureasoner.errors import UserError
+from neureasoner.inference.plan import Plan, Rule
+from neureasoner.inference.rows import RowState, opens_thinking
+from neureasoner.inference.series import LogitSeries, SeriesBuffer
+from neureasoner.sites import Layout, Site, read_sites
+from neureasoner.steps import Separators, StepSegmenter
+
+LOGITS = "logits"
+Oracle = Callable[[RowState], bool]
+
+
+class Controller:
+    """A plan made ready for one model: forced ids, probes, oracles, sites to read. Holds no state of a generation.
+
+    probes   by the folder name the plan uses: objects with the interface of ``Probe``
+    oracles  by the name the plan uses, ``fn(RowState) -> bool``
+    record   sites to keep besides those the probes need
+    accept   fingerprints of other models whose probes are welcome (the base a checkpoint was trained from)
+
+    Raises UserError for whatever the plan names and does not get.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        plan: Plan,
+        probes: Mapping[str, Any] | None = None,
+        *,
+        oracles: Mapping[str, Oracle] | None = None,
+        record: Sequence[str] = (),
+        accept: Sequence[str] = (),
+    ):
+        self.model, self.tokenizer, self.plan = model, tokenizer, plan
+        self.probes, self.oracles = dict(probes or {}), dict(oracles or {})
+        self.forced_ids = plan.forced_ids(tokenizer)
+        self.separators = Separators.of(tokenizer)
+        self.record = [str(Site.parse(s)) for s in record]
+        sites = list(self.record)
+        for rule in plan.rules:
+            sites += self._check(rule, accept)
+        layout = Layout.of(model)
+        self.sites = list(dict.fromkeys(str(layout.check(Site.parse(s))) for s in sites))
+
+    def _check(self, rule: Rule, accept: Sequence[str]) -> list[str]:
+        """Sites of a rule's probe; raises UserError if the rule cannot run."""
+        t = rule.trigger
+        if t.oracle is not None and t.oracle not in self.oracles:
+            raise UserError(f"plan {self.plan.name}, rule {rule.name}: oracle {t.oracle!r} was not given at generation")
+        if t.probe is None:
+            return []
+        probe = self.probes.get(t.probe)
+        if probe is None:
+            raise UserError(f"plan {self.plan.name}, rule {rule.name}: probe {t.probe} was not loaded")
+        if probe.model_fingerprint not in accept:
+            probe.check(self.model)
+        features = probe.features
+        if (features.level == "instance") != (t.at_step is not None):
+            raise UserError(
+                f"plan {self.plan.name}, rule {rule.name}: an instance probe is read once, at at_step; "
+                f"{t.probe} is of level {features.level}; {'remove' if t.at_step else 'set'} at_step"
+            )
+        if t.at_step is not None and t.at_step != features.window:
+            raise UserError(
+                f"plan {self.plan.name}, rule {rule.name}: at_step is {t.at_step}, but {t.probe} was fitted on the "
+                f"first {features.window} steps; set at_step: {features.window} or fit the probe again"
+            )
+        return list(features.sites())
+
+    @contextmanager
+    def watch(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        indices: Sequence[int] | None = None,
+        problems: Sequence[Any] | None = None,
+        eos_ids: Sequence[int] = (),
+        seed: int = 0,
+    ) -> Iterator[Watch]:
+        """Install the hooks for one ``generate`` call over these prompts; yields its fresh state."""
+        rows = []
+        for i, ids in enumerate(prompt_ids):
+            rows.append(
+                RowState(
+                    index=indices[i] if indices is not None else i,
+                    segmenter=StepSegmenter(self.separators, in_thinking=opens_thinking(ids, self.tokenizer)),
+                    tokenizer=self.tokenizer,
+                    problem=problems[i] if problems is not None else None,
+                    seed=seed,
+                )
+            )
+        eos = set(eos_ids) or {int(self.tokenizer.eos_token_id)}
+        watch = Watch(self, rows, eos)
+        hooked = [s for s in self.sites if s != LOGITS]
+        if not hooked:
+            yield watch
+            return
+        with read_sites(self.model, hooked, watch.see):
+            yield watch
+
+
+class Watch(LogitsProcessor):
+    """The state of one generation: rows, recorded series, and the processor that lets sampling be or forces a token."""
+
+    def __init__(self, controller: Controller, rows: list[RowState], eos: set[int]):
+        self.controller, self.rows, self.eos = controller, rows, eos
+        self.length = 0
+        self._prompt: int | None = None
+        self._buffers = {s: SeriesBuffer() for s in controller.sites if s != LOGITS}
+        self._logits = LogitSeries() if LOGITS in controller.sites else None
+        self._latest: dict[str, torch.Tensor] = {}
+        self._count: Counter[str] = Counter()
+
+    def see(self, site: str, value: torch.Tensor) -> None:
+        """Read hook: keep the last position. value [B, T or 1, C]."""
+        self._latest[site] = value[:, -1]
+        self._count[site] += 1
+
+    @torch.no_grad()
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Take in the token just read, judge it, and force or let through. input_ids [B, T'], scores [B, V]."""
+        self._verify(input_ids)
+        if self.length:
+            drawn = input_ids[:, -1]
+            for site, buffer in self._buffers.items():
+                buffer.append(self._latest[site])
+            if self._logits is not None:
+                self._logits.draw(drawn)
+            for row, token in zip(self.rows, drawn.tolist(), strict=True):
+                if not row.done:
+                    row.push(token, self.eos)
+            self._act()
+        self.length += 1
+        if self._logits is not None:
+            self._logits.look(scores)
+        return self._force(scores)
+
+    def _verify(self, input_ids: torch.Tensor) -> None:
+        """Promise 4: every generated token was read once at every site."""
+        batch, total = input_ids.shape
+        if self._prompt is None:
+            self._prompt = total
+            if batch != len(self.rows):
+                raise RuntimeError(f"controller watches {len(self.rows)} rows, generate has {batch}")
+        if total != self._prompt + self.length:
+            raise RuntimeError(
+                f"generate has {total - self._prompt} response tokens, the controller has seen {self.length}; "
+                "beam search and assisted decoding cannot be watched"
+            )
+        for site in self._buffers:
+            n = self._count[site]
+            if n != 1 and (self.length or n == 0):  # a long prompt may be read in pieces
+                raise RuntimeError(
+                    f"site {site}: its hook fired {n} times for response token {self.length - 1} instead of once; "
+                    "monitored tokens must be generated tokens (was a hook removed, or the model compiled?)"
+                )
+        self._count.clear()
+
+    def _act(self) -> None:
+        """Evaluate every due rule on every row; per row the first that fires wins, the others are logged."""
+        if not any(row.closed or rule.trigger.immediate for row in self.rows for rule in self.controller.plan.rules):
+            return
+        fired: dict[int, list[tuple[Rule, float, float]]] = {}
+        for rule in self.controller.plan.rules:
+            due = [i for i, row in enumerate(self.rows) if row.due(rule)]
+            if not due:
+                continue
+            for i, score, threshold in self._scores(rule, due):
+                if self.rows[i].judge(rule, score, threshold):
+                    fired.setdefault(i, []).append((rule, score, threshold))
+        for i, hits in fired.items():
+            row = self.rows[i]
+            for rank, (rule, score, threshold) in enumerate(hits):
+                row.log(rule, score, threshold, suppressed=rank > 0)
+            winner = hits[0][0]
+            row.fire(winner, self.controller.forced_ids[winner.name])
+
+    def _scores(self, rule: Rule, due: list[int]) -> list[tuple[int, float, float]]:
+        """(row, score, threshold) of one rule; rows whose window is not valid yet are left out."""
+        t = rule.trigger
+        if t.always:
+            return [(i, 1.0, 0.0) for i in due]
+        if t.random is not None:
+            return [(i, 1.0 - self.rows[i].coin(rule), 1.0 - t.random) for i in due]
+        if t.oracle is not None:
+            oracle = self.controller.oracles[t.oracle]
+            return [(i, float(bool(oracle(self.rows[i]))), 0.5) for i in due]
+        assert t.probe is not None
+        probe = self.controller.probes[t.probe]
+        ready, features = [], []
+        for i in due:
+            base, bounds = self.rows[i].window(rule)
+            x, valid = probe.features.compute(self.series(i, probe.features.sites(), base), bounds)
+            if valid:
+                ready.append(i)
+                features.append(x)
+        if not ready:
+            return []
+        threshold = float(probe.threshold if t.threshold is None else t.threshold)
+        scores = probe.predict_proba(np.stack(features))
+        return [(i, float(s), threshold) for i, s in zip(ready, scores, strict=True)]
+
+    def series(self, row: int, sites: Sequence[str] | None = None, base: int = 0) -> dict[str, np.ndarray]:
+        """What was read for a row, by site string, float32 [T - base, C]. A view: copy what has to last."""
+        names = self.controller.sites if sites is None else [str(Site.parse(s)) for s in sites]
+        stop = len(self.rows[row].tokens)
+        out = {}
+        for name in names:
+            buffer = self._logits.buffer if name == LOGITS and self._logits is not None else self._buffers[name]
+            host = buffer.host()
+            out[name] = host[row, base:stop] if host.size else np.zeros((0, 0), np.float32)
+        return out
+
+    def recorded(self, row: int) -> dict[str, np.ndarray]:
+        """Series of the sites the controller was asked to record."""
+        return self.series(row, self.controller.record)
+
+    def _force(self, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Leave ``scores`` alone, or make the queued ids certain in the rows that have some."""
+        rows, ids = [], []
+        for i, row in enumerate(self.rows):
+            token = row.pop()
+            if token is not None:
+                rows.append(i)
+                ids.append(token)
+        if not rows:
+            return scores
+        scores = scores.clone()  # type: ignore[assignment]
+        scores[rows] = float("-inf")
+        scores[rows, ids] = 0.0
+        return scores

@@ -1,0 +1,241 @@
+"""Sampling a batch with stock Transformers ``generate``, watched or not. B rows; prompts are padded on the left.
+
+``generate_batch`` is the one place that calls ``model.generate``: a plain run and a watched run differ only in the
+controller, so a plan that never fires gives the same tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+
+from neureasoner.errors import UserError
+from neureasoner.inference.controller import Controller
+from neureasoner.inference.rows import RowState, opens_thinking
+from neureasoner.steps import Separators, StepSegmenter
+from neureasoner.traces import Step, Trace
+
+if TYPE_CHECKING:
+    from neureasoner.traces import Problem
+
+OnText = Callable[[str, bool], None]
+
+
+@dataclass
+class Generation:
+    """One response.
+
+    response_ids     every generated or forced token, EOS included
+    text             their decoded text, as in ``Trace.response``
+    forced           per token: was it forced (forced tokens are counted as generated)
+    events           the controller's log: step, token, rule, score, threshold, action, suppressed
+    scores           every score a rule gave: step, token, rule, score
+    finished         ended by EOS, not by the token limit
+    thinking_tokens  leading tokens that belong to the thinking
+    seconds          the batch's wall time divided by its rows
+    series           recorded sites, float32 [T - 1 or T, C] (the last token is never read), when asked for
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    text: str
+    events: list[dict[str, Any]]
+    forced: list[bool]
+    finished: bool
+    thinking_tokens: int
+    steps: list[Step]
+    seconds: float
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    series: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def triggers(self) -> int:
+        """Interventions that were carried out."""
+        return sum(not e["suppressed"] for e in self.events)
+
+    def to_trace(self, id: str, problem: Problem, **meta: Any) -> Trace:
+        """As the record the other rooms read; the forced tokens' positions go into ``meta``."""
+        meta = {
+            "thinking_tokens": self.thinking_tokens,
+            "forced": [t for t, f in enumerate(self.forced) if f],
+            "seconds": round(self.seconds, 4),
+            **meta,
+        }
+        return Trace(
+            id=id,
+            problem=problem,
+            prompt_ids=list(self.prompt_ids),
+            response_ids=list(self.response_ids),
+            response=self.text,
+            steps=self.steps,
+            finished=self.finished,
+            events=self.events,
+            meta=meta,
+        )
+
+
+def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Ids that end a response: the model's generation settings and the tokenizer's."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    listed = [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
+    return list(dict.fromkeys([int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None]))
+
+
+def generation_config(
+    model: Any, tokenizer: Any, max_new_tokens: int, temperature: float, top_p: float
+) -> GenerationConfig:
+    """Settings that leave nothing to the model folder's defaults. Temperature 0 is greedy.
+
+    Penalties that would run before the controller are off: the logits series is defined on raw logits.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if temperature < 0:
+        raise UserError(f"temperature must be 0 (greedy) or more, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p must lie in (0, 1], got {top_p}")
+    drawn = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=eos_ids(model, tokenizer),
+        pad_token_id=pad,
+        **drawn,
+    )
+
+
+def generate_batch(
+    model: Any,
+    tokenizer: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    seed: int = 0,
+    controller: Controller | None = None,
+    controller_seed: int | None = None,
+    indices: Sequence[int] | None = None,
+    problems: Sequence[Any] | None = None,
+    on_text: OnText | None = None,
+) -> list[Generation]:
+    """Sample one response per prompt, in one batch. Without a controller this is plain ``generate``, no hooks.
+
+    The global random state is left as it was; the result depends on ``seed`` and the batch. ``controller_seed``
+    (default ``seed``) drives random triggers, by ``indices`` of the rows. ``on_text(text, forced)`` streams one row.
+    """
+    if not prompt_ids or any(not ids for ids in prompt_ids):
+        raise UserError("a prompt is empty; give every prompt at least one token")
+    if on_text is not None and len(prompt_ids) != 1:
+        raise UserError("streaming shows one response; set batch_size to 1 or stream off")
+    config = generation_config(model, tokenizer, max_new_tokens, temperature, top_p)
+    device, width = model.device, max(len(ids) for ids in prompt_ids)
+    ids = torch.full((len(prompt_ids), width), int(config.pad_token_id), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(prompt_ids):
+        ids[i, width - len(row) :] = torch.tensor(list(row), dtype=torch.long)
+        mask[i, width - len(row) :] = 1
+    begin = time.perf_counter()
+    watching: Any = nullcontext(None)
+    if controller is not None:
+        watching = controller.watch(
+            prompt_ids,
+            indices=indices,
+            problems=problems,
+            eos_ids=config.eos_token_id,
+            seed=seed if controller_seed is None else controller_seed,
+        )
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), watching as watch:
+        torch.manual_seed(seed)
+        output = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([watch] if watch is not None else []),
+            streamer=None if on_text is None else _Streamer(tokenizer, on_text, watch),
+        )
+    seconds = (time.perf_counter() - begin) / len(prompt_ids)
+    ends = set(config.eos_token_id)
+    return [
+        _finish(tokenizer, list(prompt), new, ends, watch, i, seconds)
+        for i, (prompt, new) in enumerate(zip(prompt_ids, output[:, width:].tolist(), strict=True))
+    ]
+
+
+def _finish(
+    tokenizer: Any, prompt: list[int], new: list[int], ends: set[int], watch: Any, i: int, seconds: float
+) -> Generation:
+    """Cut a row at its EOS and put its record together."""
+    stop = next((t for t, token in enumerate(new) if token in ends), None)
+    ids = new if stop is None else new[: stop + 1]
+    row: RowState | None = watch.rows[i] if watch is not None else None
+    forced = [] if row is None else row.forced[: len(ids)]
+    separators = Separators.of(tokenizer)
+    segmenter = StepSegmenter(separators, in_thinking=opens_thinking(prompt, tokenizer))
+    for token in ids:
+        segmenter.push(token)
+    text, offsets = separators.offsets(ids)
+    return Generation(
+        prompt_ids=prompt,
+        response_ids=ids,
+        text=text,
+        events=[] if row is None else row.events,
+        forced=forced + [False] * (len(ids) - len(forced)),
+        finished=stop is not None,
+        thinking_tokens=segmenter.thinking_tokens,
+        steps=segmenter.steps(offsets),
+        seconds=seconds,
+        scores=[] if row is None else row.scores,
+        series={} if watch is None else {s: v.copy() for s, v in watch.recorded(i).items()},
+    )
+
+
+class _Streamer(BaseStreamer):
+    """Passes new text on as soon as it is whole characters, with whether the controller forced it."""
+
+    def __init__(self, tokenizer: Any, on_text: OnText, watch: Any):
+        self.tokenizer, self.on_text, self.watch = tokenizer, on_text, watch
+        self.ids: list[int] = []
+        self.begin, self.read = 0, 0
+        self.prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """First the prompt, then one token a call."""
+        if not self.prompt_seen:
+            self.prompt_seen = True
+            return
+        for token in value.reshape(-1).tolist():
+            if token == self.tokenizer.eos_token_id:
+                return self._flush(last=True)
+            if self.read < len(self.ids) and self._forced(self.read) != self._forced(len(self.ids)):
+                self._flush(last=True)  # a held-back piece of a character does not join the forced text
+            self.ids.append(int(token))
+            self._flush(last=False)
+
+    def _forced(self, t: int) -> bool:
+        return self.watch is not None and self.watch.rows[0].forced[t : t + 1] == [True]
+
+    def end(self) -> None:
+        """Show what was held back."""
+        self._flush(last=True)
+
+    def _flush(self, last: bool) -> None:
+        as_is = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        old = self.tokenizer.decode(self.ids[self.begin : self.read], **as_is)
+        new = self.tokenizer.decode(self.ids[self.begin :], **as_is)
+        if len(new) <= len(old) or (new.endswith("\ufffd") and not last):
+            return
+        self.on_text(new[len(old) :], self._forced(self.read))
+        self.begin, self.read = self.read, len(self.ids)

@@ -1,0 +1,142 @@
+"""``generate``: answer questions with a steered checkpoint and show, in colour, where it stepped in."""
+
+from __future__ import annotations
+
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from neureasoner.inference.assemble import CARD
+from neureasoner.inference.config import GenerateConfig
+from neureasoner.inference.decode import Generation
+from neureasoner.inference.plan import Plan
+from neureasoner.inference.steered import SteeredModel
+from neureasoner.stages import StageFolder
+from neureasoner.steps import Separators
+from neureasoner.traces import Problem, read_problems, write_rows
+
+FORCED, SHOWN = "bold white on magenta", 20
+
+
+def rendered(generation: Generation, tokenizer: Any) -> Text:
+    """The response with forced tokens marked and the thinking dimmed."""
+    text, offsets = Separators.of(tokenizer).offsets(generation.response_ids)
+    styled = Text(text)
+    styled.stylize("dim", 0, offsets[generation.thinking_tokens])
+    position = 0
+    for forced, run in groupby(generation.forced):
+        end = position + len(list(run))
+        if forced:
+            styled.stylize(FORCED, offsets[position], offsets[end])
+        position = end
+    return styled
+
+
+def describe(event: dict[str, Any]) -> str:
+    """One line about an event."""
+    what = "suppressed" if event["suppressed"] else f"forced {event['action']!r}"
+    score = f"score {event['score']:.2f} > {event['threshold']:.2f}"
+    return f"after step {event['step'] + 1} (token {event['token']}): {event['rule']}, {score}, {what}"
+
+
+def show(console: Console, question: str, generation: Generation, tokenizer: Any, streamed: bool = False) -> None:
+    """Print a response and its events; a streamed one is on the screen already."""
+    if not streamed:
+        console.print(Text(question, style="bold cyan"))
+        console.print(rendered(generation, tokenizer))
+    for event in generation.events:
+        console.print(Text("  " + describe(event), style="magenta"))
+    ids = generation.response_ids
+    end = "finished" if generation.finished else "cut off"
+    console.print(
+        f"[dim]{len(ids)} tokens ({sum(generation.forced)} forced, {generation.thinking_tokens} thinking), "
+        f"{len(generation.steps)} steps, {generation.triggers} interventions, {end}, {generation.seconds:.1f} s[/dim]\n"
+    )
+
+
+def generate(config: GenerateConfig) -> dict[str, Any]:
+    """Stage ``generate``. Prints responses; writes traces.jsonl when ``out`` is given."""
+    console = Console(highlight=False)
+    problems = _problems(config)
+    folder = None
+    if config.out:
+        card = Path(config.model) / CARD
+        inputs = [p for p in (config.problems, config.plan) if p] + ([str(card)] if card.is_file() else [])
+        folder = StageFolder(config.out, "generate", config, inputs=inputs)
+        if folder.done:
+            console.print(f"{config.out} is done already; nothing to do")
+            return folder.summary
+    steered = SteeredModel.from_pretrained(config.model, config.plan or None, device=config.device or None)
+    if config.rules:
+        steered = steered.with_plan(
+            Plan("none", folder=steered.plan.folder) if config.rules == ["none"] else steered.plan.select(config.rules)
+        )
+    jobs = [(p, s) for p in problems for s in range(config.samples)]
+    streamed = config.stream and len(jobs) == 1
+    if streamed:
+        console.print(Text(problems[0].question, style="bold cyan"))
+    with _progress(console, len(jobs), streamed) as advance:
+        done = steered.generate(
+            [p for p, _ in jobs],
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            nothinking=config.nothinking,
+            on_text=(lambda text, f: console.print(Text(text, style=FORCED if f else ""), end=""))
+            if streamed
+            else None,
+            progress=advance,
+        )
+    if streamed:
+        console.print()
+    for (problem, _), generation in list(zip(jobs, done, strict=True))[:SHOWN]:
+        show(console, problem.question, generation, steered.tokenizer, streamed)
+    if len(jobs) > SHOWN:
+        where = f"; all are in {config.out}/traces.jsonl" if config.out else ""
+        console.print(f"{SHOWN} of {len(jobs)} responses shown{where}")
+    tokens = sum(len(g.response_ids) for g in done)
+    summary = {
+        "n": len(done),
+        "tokens_mean": round(tokens / len(done), 2),
+        "forced_tokens": sum(sum(g.forced) for g in done),
+        "triggers_per_trace": round(sum(g.triggers for g in done) / len(done), 4),
+        "finished": sum(g.finished for g in done),
+    }
+    if folder is None:
+        return summary
+    traces = (
+        g.to_trace(f"{p.id}#{s}", p, seed=config.seed, plan=steered.plan.to_dict(), scores=g.scores)
+        for (p, s), g in zip(jobs, done, strict=True)
+    )
+    write_rows(folder.path / "traces.jsonl", traces)
+    return folder.finish(summary)
+
+
+def _problems(config: GenerateConfig) -> list[Problem]:
+    if config.problems:
+        return list(islice(read_problems(Path(config.problems)), config.limit or None))
+    return [Problem(f"prompt-{i}", "prompt", 1, text, "") for i, text in enumerate(config.prompt)]
+
+
+class _progress:
+    """A progress bar for batches; silent while a response is streamed."""
+
+    def __init__(self, console: Console, total: int, silent: bool):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=console, transient=True, disable=silent)
+        self.total = total
+
+    def __enter__(self) -> Any:
+        self.bar.start()
+        task = self.bar.add_task("", total=self.total)
+        return lambda done, total: self.bar.update(task, completed=done)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()

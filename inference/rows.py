@@ -1,0 +1,164 @@
+"""What the controller remembers of one response while it is being written (core.md §1.10).
+
+Words: a step is a paragraph of the thinking, closed by its separator. A block is what an intervention starts: the
+forced text up to the next separator. Steps before the end of a block leave the probes' window, because the block is not
+reasoning and would trigger again; a cooldown counts the full steps closed after it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from neureasoner.inference.plan import Rule
+from neureasoner.steps import Separators
+from neureasoner.traces import THINK_OPEN
+
+
+def opens_thinking(prompt_ids: Sequence[int], tokenizer: Any) -> bool:
+    """Whether a response to this prompt begins inside the thinking: yes, unless the prompt closed it (NoThinking)."""
+    close = Separators.of(tokenizer).think_close
+    if close is None or close not in prompt_ids:
+        return True
+    last = max(i for i, token in enumerate(prompt_ids) if token == close)
+    return tokenizer.convert_tokens_to_ids(THINK_OPEN) in list(prompt_ids)[last:]
+
+
+@dataclass
+class RowState:
+    """One row of a batch. Oracles get it as their argument: read it, do not change it.
+
+    index    place of the prompt in the caller's list
+    problem  the Problem, when the caller gave one
+    tokens   response ids so far; ``forced[t]`` says that token t was forced
+    bounds   [0, end of step 0, ..., end of the last closed step], in response tokens
+    """
+
+    index: int
+    segmenter: Any
+    tokenizer: Any = None
+    problem: Any = None
+    seed: int = 0
+    tokens: list[int] = field(default_factory=list)
+    forced: list[bool] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    fired: Counter[str] = field(default_factory=Counter)
+    streak: Counter[str] = field(default_factory=Counter)
+    queue: deque[int] = field(default_factory=deque)
+    done: bool = False
+    base: int = 0
+    in_block: bool = False
+    full_steps: int | None = None
+    closed: bool = False
+    closed_block: bool = False
+    _coins: dict[str, np.random.Generator] = field(default_factory=dict)
+
+    @property
+    def bounds(self) -> list[int]:
+        """Ends of the closed steps, with a leading 0."""
+        return list(self.segmenter.bounds)
+
+    @property
+    def steps(self) -> int:
+        """Thinking steps closed so far."""
+        return len(self.segmenter.bounds) - 1
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the last token belongs to the thinking."""
+        return bool(self.segmenter.in_thinking)
+
+    @property
+    def text(self) -> str:
+        """The response so far."""
+        return str(self.tokenizer.decode(self.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def push(self, token: int, eos: set[int]) -> None:
+        """Take in the token that was just read. ``forced`` was set when it was queued."""
+        self.tokens.append(token)
+        if len(self.forced) < len(self.tokens):
+            self.forced.append(False)
+        if token in eos:
+            self.done, self.closed, self.closed_block = True, False, False
+            self.queue.clear()
+            return
+        self.closed = bool(self.segmenter.push(token)) and self.thinking
+        self.closed_block = self.closed and self.in_block and not self.queue
+        if self.closed_block:
+            self.in_block, self.base, self.full_steps = False, len(self.tokens), 0
+        elif self.closed and not self.in_block and self.full_steps is not None:
+            self.full_steps += 1
+
+    def pop(self) -> int | None:
+        """The id to force next, if any."""
+        if self.done or not self.queue:
+            return None
+        self.forced.append(True)
+        return self.queue.popleft()
+
+    def due(self, rule: Rule) -> bool:
+        """Whether a rule is to be evaluated after the last token."""
+        t = rule.trigger
+        if self.done or self.queue or not self.tokens or not self.thinking or self.fired[rule.name] >= t.max:
+            return False
+        if t.at_step is not None:
+            return self.closed and self.steps == t.at_step
+        if not (self.closed or t.immediate) or self.in_block or self.closed_block:
+            return False
+        if self.full_steps is not None and self.full_steps < t.cooldown:
+            return False
+        return self.steps >= t.min_steps and len(self.tokens) > self.base
+
+    def window(self, rule: Rule) -> tuple[int, list[int]]:
+        """First token a probe may see, and the bounds from there (leading 0, last = now).
+
+        A rule with ``at_step`` sees everything from the first token.
+        """
+        base = 0 if rule.trigger.at_step is not None else self.base
+        bounds = [b - base for b in self.segmenter.bounds if b >= base]
+        now = len(self.tokens) - base
+        return base, bounds if bounds and bounds[-1] == now else [*bounds, now]
+
+    def coin(self, rule: Rule) -> float:
+        """A uniform number for a random trigger; depends on seed, row and rule alone, not on the batch."""
+        if rule.name not in self._coins:
+            key = [self.seed, self.index, zlib.crc32(rule.name.encode())]
+            self._coins[rule.name] = np.random.default_rng(key)
+        return float(self._coins[rule.name].random())
+
+    def judge(self, rule: Rule, score: float, threshold: float) -> bool:
+        """Record a score; True when the rule fires (score above the threshold, often enough in a row)."""
+        self.scores.append({"step": self._step, "token": len(self.tokens), "rule": rule.name, "score": score})
+        self.streak[rule.name] = self.streak[rule.name] + 1 if score > threshold else 0
+        return self.streak[rule.name] >= rule.trigger.consecutive
+
+    @property
+    def _step(self) -> int:
+        return self.steps - 1 if self.closed else self.steps
+
+    def log(self, rule: Rule, score: float, threshold: float, suppressed: bool) -> None:
+        """Write an event: ``step`` is the step just closed (or the open one), ``token`` where forced text starts."""
+        self.events.append(
+            {
+                "step": self._step,
+                "token": len(self.tokens),
+                "rule": rule.name,
+                "score": score,
+                "threshold": threshold,
+                "action": rule.action.force,
+                "suppressed": suppressed,
+            }
+        )
+
+    def fire(self, rule: Rule, ids: list[int]) -> None:
+        """Queue a rule's text and open its block."""
+        self.fired[rule.name] += 1
+        self.queue.extend(ids)
+        self.in_block = True
+        self.streak.clear()

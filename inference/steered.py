@@ -1,0 +1,188 @@
+"""A model with its plan and probes as one object, and as one folder: the steered checkpoint.
+
+The folder is a plain model folder (``AutoModelForCausalLM.from_pretrained`` loads it) with ``plan.yaml``,
+``probes/<level>/`` and ``neureasoner.json`` beside the weights.
+
+Usage::
+
+    steered = SteeredModel.from_pretrained("runs/quick/steered")
+    [answer] = steered.generate(["What is 17 + 25 * 3?"], seed=1)
+    print(answer.text, answer.events)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from neureasoner.artifacts import read_json
+from neureasoner.errors import UserError
+from neureasoner.inference.assemble import CARD, assemble
+from neureasoner.inference.controller import Controller, Oracle
+from neureasoner.inference.decode import Generation, OnText, generate_batch
+from neureasoner.inference.plan import PLAN_FILE, Plan
+from neureasoner.traces import Problem
+
+__all__ = ["NO_THINKING", "Generation", "SteeredModel", "assemble", "encode_prompt", "generate_batch"]
+
+NO_THINKING = "Okay, I think I have finished thinking.\n</think>\n\n"
+Prompt = Problem | str | Sequence[Mapping[str, str]] | Sequence[int]
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt, nothinking: bool = False) -> list[int]:
+    """Token ids of a prompt: a Problem, a question, chat messages, or ids (taken as they are).
+
+    ``nothinking`` adds the closed thinking block (core.md §5.9).
+    """
+    suffix = NO_THINKING if nothinking else ""
+    if isinstance(prompt, Problem):
+        prompt = prompt.question
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if prompt and isinstance(prompt[0], int):
+        ids = [int(i) for i in cast(Sequence[int], prompt)]
+        return ids + (tokenizer.encode(suffix, add_special_tokens=False) if suffix else [])
+    text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+    return [int(i) for i in tokenizer.encode(text + suffix, add_special_tokens=False)]
+
+
+def load_probes(plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The probes a plan names, by the name it uses. Raises UserError naming a missing file."""
+    from neureasoner.probes.detector import Probe
+
+    probes = dict(known or {})
+    for name in plan.probe_paths:
+        if name not in probes:
+            folder = plan.folder / name
+            for file in ("probe.json", "probe.safetensors"):
+                if not (folder / file).is_file():
+                    raise UserError(f"plan {plan.name} names probe {name}, but {folder / file} does not exist")
+            probes[name] = Probe.load(folder)
+    return probes
+
+
+class SteeredModel:
+    """A stock model and tokenizer, a plan, and the probes the plan names.
+
+    Nothing of a generation is kept here: two calls share no state. ``accept`` lists fingerprints of other models whose
+    probes are welcome (the base the checkpoint was trained from).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        plan: Plan,
+        probes: Mapping[str, Any] | None = None,
+        accept: Sequence[str] = (),
+    ):
+        self.model, self.tokenizer, self.plan = model, tokenizer, plan
+        self.accept = list(accept)
+        self.probes = load_probes(plan, probes)
+        for probe in self.probes.values():  # once: hashing a large model takes a while
+            if probe.model_fingerprint not in self.accept:
+                probe.check(model)
+                self.accept.append(probe.model_fingerprint)
+        self.card: dict[str, Any] = {}
+        if not any(r.trigger.oracle for r in plan.rules):  # oracles are only known at generation
+            self.controller()
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, plan: Plan | str | Path | None = None, device: Any = None, dtype: Any = None
+    ) -> SteeredModel:
+        """Load a steered checkpoint; ``plan`` (a Plan or a file) replaces its own.
+
+        Raises UserError naming a missing file, a missing trigger token, or a probe of another model.
+        """
+        from neureasoner.models import load, resolve
+
+        folder = Path(resolve(str(folder)))
+        if plan is None:
+            if not (folder / PLAN_FILE).is_file():
+                raise UserError(f"{folder} holds no {PLAN_FILE}, so it is not a steered checkpoint; run assemble first")
+            plan = folder
+        if not isinstance(plan, Plan):
+            plan = Plan.load(plan)
+        model, tokenizer = load(str(folder), device=device, dtype=dtype)
+        card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
+        accept = [card["base_fingerprint"]] if card.get("base_fingerprint") else []
+        steered = cls(model, tokenizer, plan, accept=accept)
+        steered.card = card
+        return steered
+
+    def with_plan(self, plan: Plan) -> SteeredModel:
+        """The same model under another plan; probes already loaded from the same folder are shared."""
+        known = {n: p for n, p in self.probes.items() if plan.folder == self.plan.folder}
+        other = SteeredModel(self.model, self.tokenizer, plan, known, self.accept)
+        other.card = self.card
+        return other
+
+    def paper(self) -> SteeredModel:
+        """The same rules on the paper's spectral probes (``probes/paper/<level>``); rules without one are dropped."""
+        changes: dict[str, dict[str, Any]] = {}
+        for rule in self.plan.rules:
+            if rule.trigger.probe is None:
+                continue
+            name = f"probes/paper/{Path(rule.trigger.probe).name}"
+            if (self.plan.folder / name / "probe.json").is_file():
+                changes[rule.name] = {"probe": name}
+        plan = self.plan.select(changes).replace_triggers(changes)
+        probes = load_probes(plan)
+        return self.with_plan(plan.fit_windows(probes))
+
+    def controller(self, oracles: Mapping[str, Oracle] | None = None, record: Sequence[str] = ()) -> Controller:
+        """A controller for this plan. Raises UserError for what cannot run."""
+        return Controller(
+            self.model, self.tokenizer, self.plan, self.probes, oracles=oracles, record=record, accept=self.accept
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.6,
+        top_p: float = 0.95,
+        seed: int = 0,
+        batch_size: int = 32,
+        nothinking: bool = False,
+        oracles: Mapping[str, Oracle] | None = None,
+        record: Sequence[str] = (),
+        on_text: OnText | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Generation]:
+        """One response per prompt, in order. A prompt is a Problem, a question, chat messages, or token ids.
+
+        Batches are cut in the order given; batch ``b`` samples with seed ``seed + 1_000_003 * b``, so the result
+        depends on the seed and the batches alone. A plan without rules runs without hooks. ``oracles`` get the row's
+        state, whose ``index`` is the prompt's place here. ``on_text(text, forced)`` streams and takes one row at a
+        time; ``progress(done, total)`` is called after every batch. ``max_new_tokens`` counts forced tokens.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        size = 1 if on_text is not None else batch_size
+        watched = bool(self.plan.rules) or bool(record)
+        controller = self.controller(oracles, record) if watched else None
+        encoded = [encode_prompt(self.tokenizer, p, nothinking) for p in prompts]
+        done: list[Generation] = []
+        for b, start in enumerate(range(0, len(prompts), size)):
+            part = range(start, min(start + size, len(prompts)))
+            done += generate_batch(
+                self.model,
+                self.tokenizer,
+                [encoded[i] for i in part],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed + 1_000_003 * b,
+                controller=controller,
+                controller_seed=seed,
+                indices=list(part),
+                problems=[prompts[i] if isinstance(prompts[i], Problem) else None for i in part],
+                on_text=on_text,
+            )
+            if progress is not None:
+                progress(len(done), len(prompts))
+        return done

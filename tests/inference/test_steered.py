@@ -1,0 +1,216 @@
+"""The steered checkpoint: assembled, loaded plainly and steered, and shown by ``generate``."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from neureasoner.errors import UserError
+from neureasoner.inference.assemble import assemble
+from neureasoner.inference.config import AssembleConfig, GenerateConfig
+from neureasoner.inference.generate import generate
+from neureasoner.inference.plan import Plan
+from neureasoner.inference.steered import NO_THINKING, SteeredModel, encode_prompt
+from neureasoner.models import fingerprint
+from neureasoner.probes.detector import Probe
+from neureasoner.probes.features import FeatureSet
+from neureasoner.traces import Problem, read_traces, write_rows
+
+SHIPPED = Path(__file__).parents[2] / "configs" / "plans" / "neureasoner.yaml"
+QUESTIONS = ["12 + 30?", "Try 3 * 8 - 5 and tell me.", "Done?"]
+
+
+def write_probe(folder: Path, level: str, model: Any, name: str = "entropy", window: int = 4, threshold: float = 0.0):
+    """A real probe of noise; with threshold 0 it fires whenever its window is valid."""
+    features = FeatureSet.named(name, level, window, channels="neuron:1[3,5]", residual="residual:0")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(24, features.dim(32))), np.arange(24) % 2
+    probe = Probe(features, model="m", model_fingerprint=fingerprint(model), hidden=8, epochs=1).fit(x, y)
+    probe.threshold = threshold
+    probe.save(folder)
+
+
+@pytest.fixture(scope="module")
+def base(make_model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain model folder whose tokenizer has the triggers."""
+    folder = tmp_path_factory.mktemp("base")
+    model = make_model()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def probes(make_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("probes")
+    write_probe(folder / "intra", "intra", make_model(), "entropy+residual")
+    write_probe(folder / "instance", "instance", make_model(), "spectral", window=2)
+    write_probe(folder / "paper" / "intra", "intra", make_model(), "spectral")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(base: Path, probes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "steered"
+    with pytest.warns(UserWarning, match="rule inter is dropped: its probe .*inter does not exist"):
+        summary = assemble(AssembleConfig(model=str(base), probes=str(probes), out=str(out), plan=str(SHIPPED)))
+    assert summary["rules"] == ["instance", "intra"] and len(summary["dropped"]) == 1
+    return out
+
+
+def test_a_steered_checkpoint_is_a_plain_model_folder_too(checkpoint, base, make_model):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert fingerprint(model) == fingerprint(make_model())
+    assert AutoTokenizer.from_pretrained(checkpoint).convert_tokens_to_ids("<INTRA>") > 0
+    files = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
+    assert {"plan.yaml", "neureasoner.json", "stage.json", "probes/paper/intra/probe.json"} <= files
+    assert "stage.started.json" not in files and not any(f.endswith((".bin", ".pt", ".pkl")) for f in files)
+    card = json.loads((checkpoint / "neureasoner.json").read_text())
+    assert card["probes"]["probes/instance"]["window"] == 2 and card["fingerprint"] == fingerprint(model)
+    assert not list(checkpoint.parent.glob(".*")), "nothing is left beside it"
+
+
+def test_promise_9_assembling_again_says_done_and_other_settings_are_refused(checkpoint, base, probes, recwarn):
+    config = AssembleConfig(model=str(base), probes=str(probes), out=str(checkpoint), plan=str(SHIPPED))
+    before = os.stat(checkpoint / "plan.yaml").st_mtime_ns
+    assert assemble(config)["rules"] == ["instance", "intra"]
+    assert os.stat(checkpoint / "plan.yaml").st_mtime_ns == before
+    with pytest.raises(UserError, match="holds the output of other settings"):
+        assemble(
+            AssembleConfig(model=str(base), probes=str(probes), out=str(checkpoint), plan=str(SHIPPED), base=str(base))
+        )
+    with pytest.raises(UserError, match="holds other files"):
+        assemble(AssembleConfig(model=str(base), probes=str(probes), out=str(base), plan=str(SHIPPED)))
+
+
+def test_promise_9_a_killed_assemble_leaves_no_half_checkpoint(base, probes, tmp_path, monkeypatch):
+    config = AssembleConfig(model=str(base), probes=str(probes), out=str(tmp_path / "s"), plan=str(SHIPPED))
+    with monkeypatch.context() as m:
+        m.setattr(Plan, "save", lambda self, path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.warns(UserWarning), pytest.raises(KeyboardInterrupt):
+            assemble(config)
+    assert not list(tmp_path.iterdir())
+    with pytest.warns(UserWarning):
+        assemble(config)
+    assert SteeredModel.from_pretrained(tmp_path / "s").plan.names == ["instance", "intra"]
+
+
+def test_steered_generation_online_scores_equal_offline_scores(checkpoint):
+    """The probe gives the same number while decoding as on the finished trace."""
+    steered = SteeredModel.from_pretrained(checkpoint, device="cpu")
+    assert steered.plan.rule("instance").trigger.at_step == 2
+    plan = steered.plan.select(["intra"]).replace_triggers({"intra": {"threshold": 2.0}})
+    quiet = steered.with_plan(plan)
+    sites = ["logits", "residual:0"]
+    out = quiet.generate(QUESTIONS * 2, temperature=1.5, max_new_tokens=300, record=sites, seed=2)
+    probe, checked = quiet.probes["probes/intra"], 0
+    for g in out:
+        assert g.triggers == 0
+        ends = [0, *(s.token_end for s in g.steps if s.closed)]
+        for score in g.scores:
+            x, valid = probe.features.compute(g.series, ends[: score["step"] + 2])
+            assert valid and score["score"] == pytest.approx(probe.predict_proba(x[None])[0], abs=1e-9)
+            checked += 1
+    assert checked >= 3
+
+
+def test_steered_generation_is_reproducible_and_batched_in_order(checkpoint):
+    steered = SteeredModel.from_pretrained(checkpoint, device="cpu")
+    seen: list[tuple[int, int]] = []
+    settings: dict[str, Any] = {"temperature": 1.5, "max_new_tokens": 200, "batch_size": 2, "seed": 5}
+    first = steered.generate(QUESTIONS, progress=lambda d, t: seen.append((d, t)), **settings)
+    again = steered.generate(QUESTIONS, **settings)
+    assert [g.response_ids for g in first] == [g.response_ids for g in again]
+    assert [g.events for g in first] == [g.events for g in again] and seen == [(2, 3), (3, 3)]
+    assert first[0].prompt_ids == encode_prompt(steered.tokenizer, QUESTIONS[0])
+    twice = steered.generate([QUESTIONS[0]] * 4, **settings)
+    assert len({tuple(g.response_ids) for g in twice}) == 4, "batches and rows draw differently"
+
+
+def test_prompts_in_every_form(checkpoint):
+    tokenizer = SteeredModel.from_pretrained(checkpoint, device="cpu").tokenizer
+    question = QUESTIONS[0]
+    ids = encode_prompt(tokenizer, question)
+    assert ids == encode_prompt(tokenizer, Problem("a", "f", 1, question, "42"))
+    assert ids == encode_prompt(tokenizer, [{"role": "user", "content": question}]) == encode_prompt(tokenizer, ids)
+    closed = encode_prompt(tokenizer, question, nothinking=True)
+    assert tokenizer.decode(closed).endswith("<think>\n" + NO_THINKING)
+
+
+def test_streaming_shows_the_same_text_and_what_was_forced(checkpoint):
+    steered = SteeredModel.from_pretrained(checkpoint, device="cpu")
+    plan = steered.plan.select(["intra"]).replace_triggers({"intra": {"always": True, "immediate": True}})
+    pieces: list[tuple[str, bool]] = []
+    [g] = steered.with_plan(plan).generate(
+        QUESTIONS[:1], temperature=1.0, max_new_tokens=40, on_text=lambda text, forced: pieces.append((text, forced))
+    )
+    assert "".join(text for text, _ in pieces) == g.text.removesuffix(steered.tokenizer.eos_token)
+    assert [text for text, forced in pieces if forced] == ["<INTRA>"] * g.triggers and g.triggers > 1
+
+
+def test_an_empty_plan_is_the_plain_model(checkpoint, kit):
+    steered = SteeredModel.from_pretrained(checkpoint, Plan("vanilla"), device="cpu")
+    out = steered.generate(QUESTIONS, temperature=0.0, max_new_tokens=30)
+    ids = [encode_prompt(steered.tokenizer, q) for q in QUESTIONS]
+    plain = kit.sample(steered.model, steered.tokenizer, ids, max_new_tokens=30)
+    assert [g.response_ids for g in out] == [g.response_ids for g in plain]
+
+
+def test_the_paper_arm_reads_the_papers_probes(checkpoint):
+    paper = SteeredModel.from_pretrained(checkpoint, device="cpu").paper()
+    assert paper.plan.names == ["intra"] and paper.plan.probe_paths == ["probes/paper/intra"]
+    assert paper.probes["probes/paper/intra"].features.name == "spectral"
+
+
+def test_bad_input_is_named(checkpoint, base, probes, make_model, tiny_tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"holds no plan.yaml, so it is not a steered checkpoint"):
+        SteeredModel.from_pretrained(base)
+    plan = Plan.load(SHIPPED)
+    with pytest.raises(UserError, match=r"names probe probes/inter, but .*probe.json does not exist"):
+        SteeredModel.from_pretrained(checkpoint, Plan(plan.name, plan.rules, checkpoint))
+    other = make_model(seed=9)
+    other.save_pretrained(tmp_path / "other")
+    tiny_tokenizer.save_pretrained(tmp_path / "other")
+    config = {"probes": str(probes), "plan": str(SHIPPED)}
+    with pytest.warns(UserWarning), pytest.raises(UserError, match=r"fitted on model 'm'.*this one is"):
+        assemble(AssembleConfig(model=str(tmp_path / "other"), out=str(tmp_path / "a"), **config))
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="<INTRA> that the tokenizer lacks"):
+        assemble(AssembleConfig(model=str(tmp_path / "other"), out=str(tmp_path / "a"), base=str(base), **config))
+    assert not (tmp_path / "a").exists()
+
+
+def test_probes_of_the_base_are_welcome_on_the_trained_model(base, probes, make_model, tokenizer, tmp_path):
+    trained = make_model(seed=9)
+    trained.save_pretrained(tmp_path / "sft")
+    tokenizer.save_pretrained(tmp_path / "sft")
+    config = AssembleConfig(str(tmp_path / "sft"), str(probes), str(tmp_path / "s"), str(SHIPPED), str(base))
+    with pytest.warns(UserWarning):
+        assemble(config)
+    steered = SteeredModel.from_pretrained(tmp_path / "s", device="cpu")
+    assert len(steered.generate(QUESTIONS, max_new_tokens=8)) == 3
+    assert steered.with_plan(steered.plan.select(["intra"])).plan.names == ["intra"]
+
+
+def test_generate_shows_and_writes_traces(checkpoint, tmp_path, capsys):
+    config = GenerateConfig(
+        str(checkpoint), prompt=QUESTIONS[:2], samples=2, max_new_tokens=40, temperature=1.0, out=str(tmp_path / "g")
+    )
+    summary = generate(config)
+    traces = read_traces(tmp_path / "g" / "traces.jsonl")
+    assert summary["n"] == len(traces) == 4 and traces[1].id == "prompt-0#1"
+    assert traces[0].meta["plan"]["name"] == "neureasoner" and traces[0].meta["seed"] == 0
+    assert QUESTIONS[0] in capsys.readouterr().out
+    assert generate(config) == summary and "done already" in capsys.readouterr().out
+    problems = tmp_path / "p.jsonl"
+    write_rows(problems, [Problem("a", "f", 1, QUESTIONS[0], "42")])
+    streamed = GenerateConfig(str(checkpoint), problems=str(problems), max_new_tokens=20, rules=["none"])
+    assert generate(streamed)["triggers_per_trace"] == 0
+    with pytest.raises(UserError, match="either 'prompt'"):
+        GenerateConfig(str(checkpoint))
