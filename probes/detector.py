@@ -116,6 +116,7 @@ class Probe:
         inputs, targets, held = self._scaled(x).float(), torch.tensor(y, dtype=torch.float32), self._scaled(xv).float()
         weight = torch.tensor((len(y) - y.sum()) / y.sum(), dtype=torch.float32)
         held_targets = torch.tensor(yv, dtype=torch.float32)
+        batch = min(self.batch_size, max(16, len(y) // 16))  # few samples still make 16 updates an epoch
         best: tuple[float, float] | None = None
         self.history_ = []
         with torch.random.fork_rng(devices=[]):
@@ -127,7 +128,7 @@ class Probe:
             waited = 0
             for epoch in range(self.epochs):
                 net.train()
-                for rows in torch.randperm(len(inputs)).split(self.batch_size):
+                for rows in torch.randperm(len(inputs)).split(batch):
                     optimizer.zero_grad(set_to_none=True)
                     loss_of(net(inputs[rows])[:, 0], targets[rows]).backward()
                     optimizer.step()

@@ -36,7 +36,9 @@ def draw_experts(path: Path, neurons: dict[str, Any], frequency: dict[str, np.nd
         ax.plot(chosen["indices"], values[chosen["indices"]], "o", color="#c0392b", ms=4, label="chosen")
         share = neurons["joint"][level]
         kind = chosen["site"].split(":")[0]
-        ax.set_title(f"{level}: joint top holds {share['heads']:.0%} heads (chance {share['heads_by_chance']:.0%})")
+        ax.set_title(
+            f"{level}: joint top holds {share['heads']:.0%} heads (chance {share['heads_by_chance']:.0%})", fontsize=10
+        )
         ax.set_xlabel(f"{kind} of block {neurons['layer']}")
         ax.set_ylabel("selected on share of failing spans")
         ax.legend(frameon=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from itertools import product
@@ -346,4 +347,6 @@ def fit(config: FitConfig) -> dict[str, Any]:
     from neureasoner.probes.report import print_table
 
     print_table(summary)
-    return folder.finish(summary)
+    folder.finish(summary)
+    shutil.rmtree(folder.path / "features", ignore_errors=True)  # hundreds of MB that only an unfinished fit needs
+    return summary
