@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +216,10 @@ def test_generate_shows_and_writes_traces(checkpoint, tmp_path, capsys):
     assert generate(streamed)["triggers_per_trace"] == 0
     with pytest.raises(UserError, match="either 'prompt'"):
         GenerateConfig(str(checkpoint))
+
+
+def test_the_room_exports_lazily():
+    code = "import sys, neureasoner.inference.config; assert 'torch' not in sys.modules; "
+    code += "from neureasoner.inference import SteeredModel; print(SteeredModel.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "SteeredModel"
