@@ -218,7 +218,8 @@ def build_parser(cls: type, prog: str, description: str | None = None) -> argpar
     hints = get_type_hints(cls)
     for name, f in _fields(cls).items():
         flags = list(dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"]))
-        text = f"{f.metadata.get('help', '')} {_default_text(f)}".strip().replace("%", "%%")
+        bare = "; the flag may be left out" if f.metadata.get("positional") else ""
+        text = f"{f.metadata.get('help', '')}{bare} {_default_text(f)}".strip().replace("%", "%%")
         expected = _describe(hints[name])
         many = "a list" in expected or "pairs" in expected
         action, nargs = ("extend", "*") if many else ("store", "?" if hints[name] is bool else None)

@@ -1,0 +1,80 @@
+"""Loading by name, refusals, and fingerprints."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from neureasoner import models
+from neureasoner.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_model: Any, tiny_tokenizer: Any) -> Path:
+    make_model().save_pretrained(tmp_path / "m")
+    tiny_tokenizer.save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_fingerprint_survives_saving_and_dtype(
+    tmp_path: Path, make_model: Any, tiny_tokenizer: Any, arch: str, tied: bool
+) -> None:
+    model = make_model(arch, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    loaded, tokenizer = models.load(str(tmp_path), device="cpu")
+    assert models.fingerprint(loaded) == models.fingerprint(model)
+    assert loaded.dtype == torch.float32 and not loaded.training
+    assert tokenizer.padding_side == "left" and tokenizer.pad_token_id is not None
+    half, _ = models.load(str(tmp_path), device="cpu", dtype="bfloat16")
+    assert half.dtype == torch.bfloat16 and models.fingerprint(half) == models.fingerprint(model)
+
+
+def test_fingerprint_tells_models_apart(make_model: Any) -> None:
+    model = make_model()
+    twin = copy.deepcopy(model)
+    assert models.fingerprint(twin) == models.fingerprint(model) == models.fingerprint(make_model(seed=0))
+    with torch.no_grad():
+        twin.model.layers[1].mlp.down_proj.weight.mul_(1.01)
+    assert len({models.fingerprint(m) for m in (model, twin, make_model(seed=1), make_model("llama"))}) == 4
+    twin = copy.deepcopy(model)
+    twin.resize_token_embeddings(model.config.vocab_size + 2)
+    assert models.fingerprint(twin) != models.fingerprint(model)
+
+
+def test_names_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert models.resolve("org/name") == "org/name"
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        models.resolve(str(tmp_path))
+    for name in ("./absent", "/absent/model", "a/b/c"):
+        with pytest.raises(UserError, match="no such model folder"):
+            models.resolve(name)
+    monkeypatch.setattr(models, "TINY", tmp_path)
+    with pytest.raises(UserError, match="'tiny' is not in this installation"):
+        models.resolve("tiny")
+    (tmp_path / "config.json").write_text("{}")
+    assert models.resolve("tiny") == str(tmp_path)
+
+
+def test_unknown_architecture_is_refused_by_name_before_its_weights_are_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    with pytest.raises(UserError, match=r"GPT2LMHeadModel.*not supported"):
+        models.load(str(tmp_path), device="cpu")
+
+
+def test_promise_10_pickled_weights_are_not_loaded(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        models.load(str(folder), device="cpu")
+
+
+def test_unknown_dtype_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="dtype"):
+        models.load(str(folder), device="cpu", dtype="float99")
