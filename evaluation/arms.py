@@ -1,0 +1,159 @@
+"""Arms as data: which model, which rules, which source of triggers. Adding an arm is adding a row to ``ARMS``.
+
+Every arm answers the same problems with the same seeds, at the same sampling and cap; the report reads ``about``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from neureasoner.errors import UserError
+from neureasoner.traces import Trace
+
+if TYPE_CHECKING:
+    from neureasoner.inference.plan import Plan
+    from neureasoner.inference.steered import SteeredModel
+
+VANILLA, FULL, RANDOM, VOTE, NO_THINKING = "vanilla", "full", "random_trigger", "self_consistency", "no_thinking"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to answer.
+
+    model     ``base`` (the vanilla model) or ``steered`` (the trained one)
+    rules     rules of the plan to keep; ``all``, none, or names
+    trigger   who pulls: ``probe`` (the chosen ones), ``paper`` (spectral only), ``random``, ``oracle``
+    needs     arms measured first, because this one takes a number from them
+    """
+
+    name: str
+    about: str
+    model: str = "steered"
+    rules: tuple[str, ...] = ()
+    trigger: str = "probe"
+    nothinking: bool = False
+    vote: bool = False
+    needs: tuple[str, ...] = ()
+
+
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm(VANILLA, "the base model, nothing watched", model="base"),
+        Arm("sft_only", "the model trained on triggers, nothing watched"),
+        Arm("instance", "only the rule that closes the thinking", rules=("instance",)),
+        Arm("intra", "only the rule that repairs a wrong step", rules=("intra",)),
+        Arm("inter", "only the rule that leaves a circle", rules=("inter",)),
+        Arm("full_paper", "all rules on the paper's spectral probes", rules=("all",), trigger="paper"),
+        Arm(FULL, "all rules on the probes chosen on validation problems", rules=("all",)),
+        Arm(RANDOM, "all rules pulled by a coin, at full's rate", rules=("all",), trigger="random", needs=(FULL,)),
+        Arm(NO_THINKING, "the base model with the thinking closed in the prompt", model="base", nothinking=True),
+        Arm(
+            VOTE,
+            "majority over as many no_thinking answers as cost full's mean tokens",
+            model="base",
+            nothinking=True,
+            vote=True,
+            needs=(FULL, NO_THINKING),
+        ),
+        Arm("oracle_trigger", "all rules pulled by the exact judge: the ceiling", rules=("all",), trigger="oracle"),
+    )
+}
+
+# Whom each arm is compared with, paired by problem, besides vanilla.
+RIVALS = {FULL: ("random_trigger", "sft_only", "full_paper", VOTE), "oracle_trigger": (FULL,), "full_paper": (RANDOM,)}
+
+
+def choose(names: Sequence[str], rules: Iterable[str], has_paper: bool) -> tuple[list[Arm], dict[str, str]]:
+    """Arms to run, in an order in which needs come first, and why others are left out.
+
+    No names means all that the checkpoint's rules allow. Raises UserError for an unknown arm, or a named one that the
+    checkpoint cannot run.
+    """
+    rules, skipped, wanted = set(rules), {}, []
+    for name in names:
+        if name not in ARMS:
+            raise UserError(f"unknown arm '{name}'; known: {', '.join(ARMS)}")
+    for name in names or ARMS:
+        arm, reason = ARMS[name], ""
+        missing = [r for r in arm.rules if r not in rules and r != "all"]
+        if missing:
+            reason = f"the plan has no rule {missing[0]} (its probe was not fitted)"
+        elif arm.rules and not rules:
+            reason = "the plan has no rules"
+        elif arm.trigger == "paper" and not has_paper:
+            reason = "the checkpoint has no probes/paper"
+        if reason and names:
+            raise UserError(f"arm '{name}' cannot run: {reason}; leave it out or assemble again")
+        if reason:
+            skipped[name] = reason
+        else:
+            wanted.append(name)
+    if not names:  # an arm falls with what it needs
+        for name in [n for n in wanted if any(need in skipped for need in ARMS[n].needs)]:
+            wanted.remove(name)
+            skipped[name] = f"needs {', '.join(ARMS[name].needs)}"
+    full_set = set(wanted) | {need for n in wanted for need in ARMS[n].needs}
+    first = [a for a in ARMS.values() if a.name in full_set and not a.needs]
+    return first + [a for a in ARMS.values() if a.name in full_set and a.needs], skipped
+
+
+def votes(full_tokens: float, answer_tokens: float) -> int:
+    """How many NoThinking answers cost about as much as one full answer (at least one)."""
+    return max(1, round(full_tokens / max(answer_tokens, 1e-9)))
+
+
+def replay(trace: Trace, plan: Plan, tokenizer: Any) -> dict[str, tuple[int, int]]:
+    """(times a rule could have won, times it did) by rule: the controller's bookkeeping run over a finished trace.
+
+    A rule could have won where it was due and no rule of higher priority won.
+    """
+    from neureasoner.inference.rows import RowState
+    from neureasoner.steps import Separators, StepSegmenter
+
+    row = RowState(0, StepSegmenter(Separators.of(tokenizer)), tokenizer)
+    won = {e["token"]: e["rule"] for e in trace.events if not e["suppressed"]}
+    forced, order = plan.forced_ids(tokenizer), plan.names
+    due, fired = dict.fromkeys(order, 0), dict.fromkeys(order, 0)
+    eos = {trace.response_ids[-1]} if trace.finished else set()
+    for token in trace.response_ids:
+        row.pop()
+        row.push(token, eos)
+        winner = won.get(len(row.tokens))
+        for rule in plan.rules:
+            if row.due(rule) and (winner is None or order.index(rule.name) <= order.index(winner)):
+                due[rule.name] += 1
+        if winner is not None:
+            fired[winner] += 1
+            row.fire(plan.rule(winner), forced[winner])
+    return {name: (due[name], fired[name]) for name in order}
+
+
+def measured_rates(traces: Iterable[Trace], plan: Plan, tokenizer: Any) -> dict[str, float]:
+    """Per rule, interventions per step at which it was evaluated: the coin's bias in ``random_trigger``."""
+    due, fired = dict.fromkeys(plan.names, 0), dict.fromkeys(plan.names, 0)
+    for trace in traces:
+        for name, (d, f) in replay(trace, plan, tokenizer).items():
+            due[name] += d
+            fired[name] += f
+    return {name: min(1.0, fired[name] / due[name]) if due[name] else 0.0 for name in plan.names}
+
+
+def with_rules(steered: SteeredModel, arm: Arm, rates: dict[str, float] | None = None) -> SteeredModel:
+    """The checkpoint under this arm's plan. ``rates``: the coins of ``random_trigger``."""
+    from neureasoner.inference.plan import Plan
+
+    if not arm.rules:
+        return steered.with_plan(Plan("none", folder=steered.plan.folder))
+    if arm.trigger == "paper":
+        return steered.paper()
+    plan = steered.plan if arm.rules == ("all",) else steered.plan.select(arm.rules)
+    if arm.trigger == "random":
+        plan = plan.replace_triggers({name: {"random": (rates or {})[name]} for name in plan.names})
+    elif arm.trigger == "oracle":
+        # The judge may see the answer at any step, so the closing rule is not held to its probe's one decision.
+        plan = plan.replace_triggers({name: {"oracle": name, "at_step": None} for name in plan.names})
+    return steered.with_plan(plan)

@@ -1,0 +1,45 @@
+"""Settings of the evaluation. Standard library only, so that ``--help`` is fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from neureasoner.errors import UserError
+
+
+@dataclass
+class EvaluateConfig:
+    """Run every arm on the same problems with paired seeds and write results, traces and a report."""
+
+    model: str = field(metadata={"help": "steered checkpoint (a folder that `assemble` wrote)"})
+    problems: str = field(metadata={"help": "problem file (jsonl: id, family, difficulty, question, answer)"})
+    out: str = field(metadata={"help": "folder for results.json, traces/, figures/ and report.html"})
+    arms: list[str] = field(default_factory=list, metadata={"help": "arms to run, comma separated; none = all"})
+    samples: int = field(default=1, metadata={"help": "responses per problem and arm"})
+    seed: int = field(default=0, metadata={"help": "first seed; sample s of batch b has the same seed in every arm"})
+    max_new_tokens: int = field(default=512, metadata={"help": "cap; a response that reaches it is wrong and costs it"})
+    temperature: float = field(default=0.6, metadata={"help": "sampling temperature (0 = greedy)"})
+    top_p: float = field(default=0.95, metadata={"help": "nucleus of the sampling"})
+    batch_size: int = field(default=32, metadata={"help": "responses decoded together (also the unit of resuming)"})
+    limit: int = field(default=0, metadata={"help": "use only the first so many problems; 0 = all"})
+    base: str = field(default="", metadata={"help": "vanilla model; empty = the base named in neureasoner.json"})
+    resamples: int = field(default=10_000, metadata={"help": "bootstrap resamples behind each interval"})
+    device: str = field(default="", metadata={"help": "torch device; empty = GPU if there is one"})
+    probes_results: str = field(default="", metadata={"help": "results.json of `probes fit`, shown in the report"})
+    neurons: str = field(default="", metadata={"help": "neurons.json of `probes locate`, shown in the report"})
+    judge_results: str = field(default="", metadata={"help": "summary.json of `data judge`, shown in the report"})
+    report_traces: int = field(default=600, metadata={"help": "most traces embedded in report.html"})
+    show_examples: int = field(default=3, metadata={"help": "repaired examples printed at the end; 0 = no summary"})
+
+    def __post_init__(self) -> None:
+        for key in ("model", "problems", "out"):
+            if not getattr(self, key):
+                raise UserError(f"key '{key}' is empty")
+        for key in ("samples", "max_new_tokens", "batch_size", "resamples"):
+            if getattr(self, key) < 1:
+                raise UserError(f"key '{key}' must be at least 1, got {getattr(self, key)}")
+        for key in ("limit", "report_traces", "show_examples", "temperature", "seed"):
+            if getattr(self, key) < 0:
+                raise UserError(f"key '{key}' must not be negative, got {getattr(self, key)}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"key 'top_p' must lie in (0, 1], got {self.top_p}")

@@ -1,0 +1,278 @@
+"""``report.html``: one file, no network, light and dark. Numbers come from ``results.json``, examples from ``traces/``.
+
+Everything that a model or a problem wrote is escaped here (HTML) or set as text by the page's script (viewer).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from neureasoner.artifacts import read_json, write_text
+from neureasoner.evaluation import charts
+from neureasoner.evaluation.arms import ARMS, FULL, VANILLA, VOTE
+from neureasoner.evaluation.examples import pick, view
+from neureasoner.evaluation.verdict import arm_of, caution, comparison, headline, percent, points, sentences
+from neureasoner.traces import Trace, read_traces
+
+SHOWN_BY_DIFFICULTY = (VANILLA, "sft_only", "random_trigger", FULL, "oracle_trigger")
+
+
+def load_traces(out: str | Path, names: Sequence[str]) -> dict[str, list[Trace]]:
+    """Traces by arm."""
+    found = {name: Path(out) / "traces" / f"{name}.jsonl" for name in names}
+    return {name: read_traces(file) for name, file in found.items() if file.is_file()}
+
+
+def write_report(out: str | Path, cap: int = 600, probes_results: str = "") -> Path:
+    """Write ``report.html`` and ``figures/*.svg`` from a folder that holds ``results.json`` and ``traces/``."""
+    results = read_json(Path(out) / "results.json")
+    traces = load_traces(out, [a["name"] for a in results["arms"]])
+    figures = draw(results, traces, probes_results)
+    for name, svg in figures.items():
+        write_text(Path(out) / "figures" / f"{name}.svg", svg + "\n")
+    path = Path(out) / "report.html"
+    write_text(path, page(results, traces, figures, cap))
+    return path
+
+
+def _ci(value: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
+    return f"[{scale * value[0]:.{digits}f}, {scale * value[1]:.{digits}f}]"
+
+
+def draw(results: Mapping[str, Any], traces: Mapping[str, Sequence[Trace]], probes_results: str = "") -> dict[str, str]:
+    """All figures by name."""
+    arms = results["arms"]
+    figures = {"tradeoff": charts.tradeoff(arms)}
+    chosen = [a for a in arms if a["name"] in SHOWN_BY_DIFFICULTY]
+    for family in results["problems"]["families"]:
+        rows = [{"name": a["name"], "levels": a["by_family_difficulty"].get(family, {})} for a in chosen]
+        if any(r["levels"] for r in rows):
+            figures[f"difficulty_{family}"] = charts.by_difficulty(family, [r for r in rows if r["levels"]])
+    lengths = [(name, [len(t.response_ids) for t in rows]) for name, rows in traces.items() if name != VOTE]
+    if lengths:
+        figures["tokens"] = charts.spread_rows(lengths, "tokens per response")
+    positions: dict[str, list[float]] = defaultdict(list)
+    for trace in traces.get(FULL, []):
+        for event in trace.events:
+            if not event["suppressed"]:
+                positions[event["rule"]].append(event["token"])
+    if positions:
+        figures["positions"] = charts.histogram(sorted(positions.items()), "response token", "interventions of full")
+    return figures | _probe_figures(results, probes_results)
+
+
+def _value(entry: Any) -> tuple[float, list[float] | None] | None:
+    """(value, interval) of a figure of ``probes fit``, or None where it is undefined."""
+    if not isinstance(entry, Mapping) or entry.get("value") is None:
+        return None
+    ci = [entry["low"], entry["high"]] if entry.get("low") is not None and entry.get("high") is not None else None
+    return float(entry["value"]), ci
+
+
+def _probe_figures(results: Mapping[str, Any], probes_results: str) -> dict[str, str]:
+    figures = {}
+    for level, probe in results["probes"].items():
+        found = [("chosen", probe.get("chosen"), True), ("paper", probe.get("paper"), True)]
+        found += [(name, entry, False) for name, entry in probe.get("controls", {}).items()]
+        rows = []
+        for name, entry, ours in found:
+            value = _value((entry or {}).get("test", {}).get("auroc"))
+            if entry and value:
+                label = {"random": "control: random channels", "length": "control: length, position"}.get(name, name)
+                rows.append((f"{label} ({entry['name']})" if ours else label, *value, ours))
+        if rows:
+            figures[f"auroc_{level}"] = charts.bars(rows, f"test AUROC · {level}", 0.0, 1.0)
+        scores = Path(probes_results).parent / level / "scores.safetensors" if probes_results else None
+        if scores is not None and scores.is_file():
+            figures[f"roc_{level}"] = _roc(scores, level)
+    return figures
+
+
+def _roc(file: Path, level: str) -> str:
+    from neureasoner.artifacts import read_tensors
+    from neureasoner.probes.metrics import roc
+
+    tensors, curves = read_tensors(file)[0], []
+    for name in ("chosen", "paper", "random", "length"):
+        y, score = tensors.get(f"{name}.y"), tensors.get(f"{name}.score")
+        if y is not None and score is not None and 0 < int((y == 1).sum()) < len(y):
+            false, true = roc(y.numpy(), score.numpy())
+            keep = range(0, len(false), max(1, len(false) // 200))
+            curves.append((name, [(float(false[i]), float(true[i])) for i in [*keep, len(false) - 1]]))
+    return charts.roc(curves, level)
+
+
+def arms_table(results: Mapping[str, Any]) -> str:
+    """The table of arms, as HTML."""
+    rows = []
+    for a in results["arms"]:
+        c = comparison(results, a["name"], VANILLA)
+        delta = "".join(
+            f'<td class="n {_sign(c, key, good)}">{escape(text(c).replace(" points", "").replace(" tokens", ""))}</td>'
+            if c
+            else '<td class="n">–</td>'
+            for key, good, text in (("accuracy", 1, points), ("tokens", -1, percent))
+        )
+        votes = f" ×{a['responses_per_answer']:.0f}" if a["responses_per_answer"] > 1 else ""
+        bold = ' class="main"' if a["name"] in (VANILLA, FULL) else ""
+        rows.append(
+            f'<tr{bold}><th scope="row">{escape(a["name"])}{votes}<small>{escape(a["about"])}</small></th>'
+            f'<td class="n">{100 * a["accuracy"]:.1f}%<small>{_ci(a["accuracy_ci"], 100)}</small></td>'
+            f'<td class="n">{a["tokens_mean"]:.0f}<small>{_ci(a["tokens_ci"], 1, 0)}</small></td>{delta}'
+            f'<td class="n">{100 * a["truncated"]:.1f}%</td><td class="n">{a["triggers_per_trace"]:.2f}</td>'
+            f'<td class="n">{a["seconds"]:.0f} s</td><td class="n">{a["n_problems"]} · {a["n_samples"]}</td></tr>'
+        )
+    head = ["arm", "accuracy", "tokens", "Δ accuracy, points", "Δ tokens", "cut off", "triggers", "time"]
+    head += ["problems · answers"]
+    return (
+        f"<table><thead><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _sign(c: Mapping[str, Any], key: str, good: int) -> str:
+    value = c["accuracy_delta"] if key == "accuracy" else c["tokens_relative"]
+    if not c[f"{key}_excludes_zero"]:
+        return ""
+    return "up" if value * good > 0 else "down"
+
+
+def probes_table(results: Mapping[str, Any]) -> str:
+    """What watches each failure, as HTML; nothing when there is nothing."""
+    rows = []
+    for level, p in results["probes"].items():
+        test = (p.get("chosen") or {}).get("test") or p.get("test") or {}
+        cells = []
+        for key in ("auroc", "recall", "precision", "false_alarms_per_1000_tokens"):
+            value = _value(test.get(key))
+            ci = f"<small>[{value[1][0]:.2f}, {value[1][1]:.2f}]</small>" if value and value[1] else ""
+            cells.append(f'<td class="n">{value[0]:.2f}{ci}</td>' if value else '<td class="n">–</td>')
+        site = results["neurons"].get(level, {}).get("site") or "–"
+        split = escape(str(p.get("split") or "by problem"))
+        features = escape(str(p.get("features", (p.get("chosen") or {}).get("name", "–"))))
+        rows.append(
+            f'<tr><th scope="row">{level}</th><td>{features}<small>window {p.get("window", "–")}, '
+            f"split {split}, seed {p.get('seed', '–')}</small></td>{''.join(cells)}"
+            f'<td class="site"><code>{escape(site)}</code></td></tr>'
+        )
+    if not rows:
+        return ""
+    head = ["failure", "features", "AUROC", "recall", "precision", "false alarms / 1,000 tokens", "neurons or heads"]
+    return (
+        f"<table><thead><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _provenance(results: Mapping[str, Any]) -> str:
+    s, p, i = results["sampling"], results["problems"], results["intervals"]
+    rows = {
+        "command": results["command"],
+        "model": f"{results['model']} (vanilla: {results['base'] or '–'})",
+        "problems": f"{p['file']}: {p['n']}, split {p['split']}, {', '.join(p['families'])}",
+        "sampling": f"temperature {s['temperature']}, top-p {s['top_p']}, cap {s['max_new_tokens']} tokens",
+        "seeds": f"sampling {results['seeds']['sampling']}, bootstrap {results['seeds']['bootstrap']}; "
+        f"{results['seeds']['pairing']}",
+        "intervals": f"{i['level']:.0%}, {i['method']}, {i['resamples']:,} resamples; {i['truncated']}",
+        "versions": ", ".join(f"{k} {v}" for k, v in results["versions"].items() if v),
+    }
+    if results.get("votes"):
+        rows["vote"] = f"{results['votes']['k']} no_thinking answers a vote, so that its mean tokens match full's"
+    if results.get("random_rates"):
+        rates = ", ".join(f"{k} {v:.4f}" for k, v in results["random_rates"].items())
+        rows["coin of random_trigger"] = f"{rates} per step at which the rule could win, measured on full"
+    for name, reason in results["skipped"].items():
+        rows[f"arm {name} left out"] = reason
+    return "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in rows.items())
+
+
+def embed(value: Any) -> str:
+    """JSON that is safe inside a script element."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text
+
+
+def _asset(name: str) -> str:
+    return files("neureasoner.evaluation").joinpath(name).read_text(encoding="utf-8")
+
+
+def _figure(svg: str, caption: str, wide: bool = False) -> str:
+    return f"<figure{' class=wide' if wide else ''}>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _gallery(figures: Mapping[str, str], prefixes: Mapping[str, str]) -> str:
+    return "".join(
+        _figure(svg, caption) for p, caption in prefixes.items() for name, svg in figures.items() if name.startswith(p)
+    )
+
+
+def page(
+    results: Mapping[str, Any], traces: Mapping[str, Sequence[Trace]], figures: Mapping[str, str], cap: int
+) -> str:
+    """The finished page."""
+    problems = pick(traces, cap)
+    shown = [
+        view(t)
+        for name, rows in traces.items()
+        if name != VOTE
+        for t in _first_samples(rows)
+        if t.problem.id in problems
+    ]
+    total = sum(len(rows) for rows in traces.values())
+    full, vanilla = arm_of(results, FULL), arm_of(results, VANILLA)
+    cards = "".join(
+        f'<div class="card {"full" if a is full else ""}"><span>{escape(a["name"])}</span>'
+        f"<b>{100 * a['accuracy']:.1f}%</b><i>right {_ci(a['accuracy_ci'], 100)}</i>"
+        f"<b>{a['tokens_mean']:.0f}</b><i>tokens {_ci(a['tokens_ci'], 1, 0)}</i></div>"
+        for a in (vanilla, full)
+        if a
+    )
+    p = results["problems"]
+    lead = f"{p['n']} {'unseen ' if p['split'] == 'test' else ''}problems ({', '.join(p['families'])}), "
+    lead += f"{len(results['arms'])} arms, {results['seeds']['samples']} answer(s) per problem and arm."
+    note = f"{len(shown)} of {total} traces are embedded: {len(problems)} problems, the first sample of every arm"
+    note += " (votes left out)." if VOTE in traces else "."
+    parts = {
+        "style": _asset("report.css"),
+        "script": _asset("report.js"),
+        "headline": escape(headline(results)),
+        "lead": escape(lead),
+        "caution": f'<p class="caution">{escape(caution(results))}</p>' if caution(results) else "",
+        "cards": cards,
+        "sentences": "".join(f"<li>{escape(s)}</li>" for s in sentences(results)),
+        "arms": arms_table(results),
+        "tradeoff": _figure(figures["tradeoff"], "Each point is an arm; bars are 95% intervals.", wide=True),
+        "figures": _gallery(
+            figures,
+            {
+                "difficulty_": "Accuracy by difficulty; bars are 95% intervals.",
+                "tokens": "Box: middle half; line: 5% to 95%; tick: median.",
+                "positions": "Where the full arm stepped in.",
+            },
+        ),
+        "legend": _legend([a["name"] for a in results["arms"] if a["name"] in SHOWN_BY_DIFFICULTY]),
+        "probes": probes_table(results),
+        "probe_figures": _gallery(
+            figures, {"auroc_": "Test problems; controls in grey.", "roc_": "Test problems; green is the chosen probe."}
+        ),
+        "provenance": _provenance(results),
+        "note": escape(note),
+        "data": embed({"traces": shown, "arms": [n for n in ARMS if n in traces and n != VOTE]}),
+    }
+    html = _asset("report_template.html")
+    head, *rest = html.split("{{")  # one pass, so that text of a trace is never taken for a place to fill
+    return head + "".join(parts[key] + tail for key, tail in (piece.split("}}", 1) for piece in rest))
+
+
+def _legend(names: Sequence[str]) -> str:
+    return "".join(f'<span><i style="background:{charts.colour(n, i)}"></i>{n}</span>' for i, n in enumerate(names))
+
+
+def _first_samples(rows: Sequence[Trace]) -> list[Trace]:
+    return [t for t in rows if t.meta.get("sample", 0) == 0]

@@ -1,0 +1,107 @@
+"""The end of an evaluation in a terminal: a short table, a few traces with the interventions in colour, the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from neureasoner.artifacts import read_json
+from neureasoner.evaluation.arms import FULL, VANILLA
+from neureasoner.evaluation.examples import interest, interventions, is_right, paired
+from neureasoner.evaluation.report import load_traces
+from neureasoner.evaluation.verdict import caution, comparison, headline, sentences
+from neureasoner.traces import Trace
+
+FORCED, BLOCK, WRONG, LOOP = "bold black on green", "green", "bold red", "yellow"
+
+
+def table(results: Mapping[str, Any]) -> Table:
+    """Accuracy and tokens of every arm, with intervals and paired differences against vanilla."""
+    out = Table(
+        title=f"{results['problems']['n']} problems, split {results['problems']['split']}", title_justify="left"
+    )
+    out.add_column("arm", no_wrap=True)
+    for name in ("accuracy", "tokens", "Δ accuracy", "Δ tokens", "triggers"):
+        out.add_column(name, justify="right", no_wrap=True)
+    for a in results["arms"]:
+        c, (low, high) = comparison(results, a["name"], VANILLA), a["accuracy_ci"]
+        tokens = a["tokens_ci"]
+        out.add_row(
+            a["name"],
+            f"{100 * a['accuracy']:.1f}% [{100 * low:.0f}, {100 * high:.0f}]",
+            f"{a['tokens_mean']:.0f} [{tokens[0]:.0f}, {tokens[1]:.0f}]",
+            _delta(c, "accuracy_delta", "accuracy_excludes_zero", 1, " pt"),
+            _delta(c, "tokens_relative", "tokens_excludes_zero", -1, "%"),
+            f"{a['triggers_per_trace']:.2f}",
+            style="bold" if a["name"] in (VANILLA, FULL) else "",
+        )
+    return out
+
+
+def _delta(c: Mapping[str, Any] | None, key: str, certain: str, good: int, unit: str) -> Text:
+    if c is None:
+        return Text("–")
+    low, high = c[f"{key}_ci"]
+    style = ("green" if c[key] * good > 0 else "red") if c[certain] else ""
+    return Text(f"{100 * c[key]:+.1f}{unit} [{100 * low:+.0f}, {100 * high:+.0f}]", style=style)
+
+
+def coloured(trace: Trace) -> Text:
+    """The response: wrong step red, circle amber, intervention green, forced text inverted."""
+    text, labels = Text(trace.response.rstrip("\n")), trace.labels
+    blocks = {e["step"] + 1 for e in interventions(trace)}
+    for i, step in enumerate(trace.steps):
+        if labels and labels.inter.steps and labels.inter.steps[0] <= i < labels.inter.steps[1]:
+            text.stylize(LOOP, step.char_start, step.char_end)
+        if labels and labels.intra.has_error and labels.intra.step == i:
+            text.stylize(WRONG, step.char_start, step.char_end)
+        if i in blocks:
+            text.stylize(BLOCK, step.char_start, step.char_end)
+    for start, end in trace.meta.get("forced_chars", []):
+        text.stylize(FORCED, start, end)
+    return text
+
+
+def choose_examples(traces: Mapping[str, Sequence[Trace]], n: int) -> tuple[str, list[tuple[Trace, Trace]]]:
+    """A title that is true of what follows, and (vanilla, full) pairs."""
+    pairs = sorted(paired(traces), key=lambda pair: interest(*pair))
+    repaired = [p for p in pairs if interest(*p)[0] <= 1]
+    if len(repaired) >= n:
+        return f"{n} of {len(repaired)} answers that vanilla got wrong and full got right after stepping in", repaired[
+            :n
+        ]
+    acted = [p for p in pairs if interventions(p[1])]
+    if acted:
+        title = f"{len(repaired)} answer(s) that vanilla got wrong and full got right after stepping in"
+        return title + ("; more interventions follow" if len(acted) > len(repaired) else ""), acted[:n]
+    return "full never stepped in", []
+
+
+def show(out: str | Path, examples: int = 3, console: Console | None = None) -> None:
+    """Print the end of an evaluation from its folder."""
+    console = console or Console(highlight=False)
+    results = read_json(Path(out) / "results.json")
+    if examples:
+        title, pairs = choose_examples(load_traces(out, [VANILLA, FULL]), examples)
+        console.rule(f"[bold]{title}[/bold]", align="left")
+        for vanilla, full in pairs:
+            p = full.problem
+            console.print(Text(p.question, style="bold cyan"), Text(f"right answer {p.answer}", style="dim"))
+            for name, trace in ((VANILLA, vanilla), (FULL, full)):
+                grade = Text("right", style="green") if is_right(trace) else Text("wrong", style="red")
+                given = trace.labels.answer if trace.labels else None
+                head = Text(f"── {name}: answers {given or 'nothing'}, ", style="bold")
+                console.print(head + grade + Text(f", {len(trace.response_ids)} tokens", style="dim"))
+                console.print(coloured(trace))
+            console.print()
+    console.print(table(results))
+    console.print(Text(headline(results), style="bold"))
+    for sentence in [*sentences(results), caution(results)]:
+        if sentence:
+            console.print(Text("• " + sentence))
+    console.print(f"report: {Path(out) / 'report.html'}", soft_wrap=True)

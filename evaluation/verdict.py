@@ -1,0 +1,96 @@
+"""What the numbers say, in words that are no stronger than their intervals. Used by the report and the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from neureasoner.evaluation.arms import FULL, RANDOM, VANILLA
+
+
+def arm_of(results: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """One arm's entry."""
+    return next((a for a in results["arms"] if a["name"] == name), None)
+
+
+def comparison(results: Mapping[str, Any], arm: str, against: str) -> dict[str, Any] | None:
+    """One paired comparison."""
+    return next((c for c in results["comparisons"] if (c["arm"], c["against"]) == (arm, against)), None)
+
+
+def points(c: Mapping[str, Any]) -> str:
+    """``+3.1 points [+1.0, +5.2]``."""
+    low, high = c["accuracy_delta_ci"]
+    return f"{100 * c['accuracy_delta']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def percent(c: Mapping[str, Any]) -> str:
+    """``-27% tokens [-31%, -22%]``."""
+    low, high = c["tokens_relative_ci"]
+    return f"{100 * c['tokens_relative']:+.0f}% tokens [{100 * low:+.0f}%, {100 * high:+.0f}%]"
+
+
+def _judged(value: float, certain: bool, more: str, less: str, same: str) -> str:
+    return (more if value > 0 else less) if certain else same
+
+
+def headline(results: Mapping[str, Any]) -> str:
+    """One sentence: does full beat vanilla?"""
+    c = comparison(results, FULL, VANILLA)
+    if c is None:
+        return "vanilla and full were not both run, so there is no verdict."
+    right = _judged(c["accuracy_delta"], c["accuracy_excludes_zero"], "more often right", "less often right", "")
+    long = _judged(c["tokens_relative"], c["tokens_excludes_zero"], "longer", "shorter", "")
+    if right and long:
+        how = "and" if (c["accuracy_delta"] > 0) == (c["tokens_relative"] < 0) else "but"
+        return f"Full is {right} than vanilla {how} its answers are {long}: {points(c)}, {percent(c)}."
+    if right:
+        return f"Full is {right} than vanilla, at a length that cannot be told apart: {points(c)}, {percent(c)}."
+    if long:
+        return (
+            f"Full's answers are {long} than vanilla's; no difference in accuracy is shown: {points(c)}, {percent(c)}."
+        )
+    return f"No difference between full and vanilla is shown on these problems: {points(c)}, {percent(c)}."
+
+
+def sentences(results: Mapping[str, Any]) -> list[str]:
+    """The comparisons that tell where a gain comes from, one sentence each."""
+    said = []
+    names = {
+        RANDOM: "Against a coin that intervenes as often, full",
+        "sft_only": "Against the trained model left alone, full",
+        "full_paper": "Against the paper's spectral probes, full",
+        "self_consistency": "Against a majority vote of equal cost, full",
+    }
+    for rival, start in names.items():
+        c = comparison(results, FULL, rival)
+        if c:
+            verb = _judged(c["accuracy_delta"], c["accuracy_excludes_zero"], "gains", "loses", "shows no difference:")
+            said.append(f"{start} {verb} {points(c)}, {percent(c)}.")
+    c = comparison(results, "oracle_trigger", FULL)
+    if c:
+        room = _judged(
+            c["accuracy_delta"],
+            c["accuracy_excludes_zero"],
+            "Better timing would still help: the exact judge's triggers gain",
+            "Even the exact judge's triggers do not reach full:",
+            "Timing is not what limits full: with the exact judge's triggers the difference is",
+        )
+        said.append(f"{room} {points(c)}, {percent(c)} over full.")
+    full, coin = arm_of(results, FULL), arm_of(results, RANDOM)
+    if full and coin and full["triggers_per_trace"]:
+        ratio = coin["triggers_per_trace"] / full["triggers_per_trace"]
+        if abs(ratio - 1) > 0.15:
+            said.append(f"Note: the coin intervened {ratio:.2f} times as often as full, so that control is not even.")
+    return said
+
+
+def caution(results: Mapping[str, Any]) -> str:
+    """A warning about size, or nothing."""
+    n = results["problems"]["n"]
+    if n < 300:
+        return (
+            f"Only {n} problems: intervals are wide, and this run shows that the pipeline works rather than how well. "
+            "The full recipe measures it."
+        )
+    return ""

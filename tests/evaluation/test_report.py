@@ -1,0 +1,173 @@
+"""The report: self-contained, escaped, honest; and the terminal ending."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from neureasoner.artifacts import write_json
+from neureasoner.evaluation.config import EvaluateConfig
+from neureasoner.evaluation.examples import pick, view
+from neureasoner.evaluation.report import embed, write_report
+from neureasoner.evaluation.results import build
+from neureasoner.evaluation.runner import outcomes
+from neureasoner.evaluation.show import choose_examples, show
+from neureasoner.evaluation.verdict import caution, headline
+from neureasoner.traces import InterLabel, IntraLabel, Labels, Problem, Step, Trace, write_rows
+
+EVIL = "</script><script>alert('{{data}}')</script><img src=http://evil onerror=x> & \u2028 \U0001f9e0"
+
+
+def trace(i: int, arm: str, right: bool, acted: bool = False, evil: bool = False) -> Trace:
+    head = f"{EVIL if evil else 'Think'}.\n\n"
+    text = head + "1 + 1 = 3.\n\n" + ("<INTRA>\nI see.\n\n" if acted else "") + "</think>\n\nIt is \\boxed{2}."
+    a, b = len(head), len(head) + 12
+    steps = [Step(0, a, 0, 4), Step(a, b, 4, 8)] + ([Step(b, b + 16, 8, 12)] if acted else [])
+    event = {"step": 1, "token": 8, "rule": "intra", "score": 0.9, "threshold": 0.5, "action": "<INTRA>"}
+    return Trace(
+        f"p{i}#0",
+        Problem(f"p{i}", "arithmetic", 1 + i % 3, EVIL if evil else f"Question {i}?", "2"),
+        [1],
+        list(range(20 if acted else 30 + i)),
+        text,
+        steps,
+        True,
+        Labels(
+            right,
+            "2" if right else "3",
+            IntraLabel(True, "1 + 1 = 3", "calculation", "it is 2", (a, a + 9), 1),
+            InterLabel(),
+        ),
+        [event | {"suppressed": False, "char": b}] if acted else [],
+        {"arm": arm, "sample": 0, "forced_chars": [[b, b + 7]] if acted else [], "seconds": 0.1, "scores": []},
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Any) -> Any:
+    """results.json and traces of two arms; problem 3 and its traces try to break out of the page."""
+    traces = {
+        "vanilla": [trace(i, "vanilla", i % 2 == 0, evil=i == 3) for i in range(40)],
+        "full": [trace(i, "full", i % 5 != 0, acted=True, evil=i == 3) for i in range(40)],
+    }
+    for name, rows in traces.items():
+        write_rows(tmp_path / "traces" / f"{name}.jsonl", rows)
+    problems = [t.problem for t in traces["vanilla"]]
+    write_rows(tmp_path / "problems.jsonl", problems)
+    config = EvaluateConfig("model", str(tmp_path / "problems.jsonl"), str(tmp_path), resamples=200)
+    results = build(config, EVIL, problems, {k: outcomes(v, 512) for k, v in traces.items()}, {"inter": EVIL}, {})
+    write_json(tmp_path / "results.json", results)
+    return tmp_path
+
+
+class Page(HTMLParser):
+    """Collects tags, scripts and attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.scripts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "action", "data")]
+        self.links += [f"{k}=" for k, _ in attrs if k.startswith("on")]
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.lasttag == "script" and self.scripts:
+            self.scripts[-1] += data
+
+
+def test_report_is_self_contained_and_nothing_breaks_out(folder: Any) -> None:
+    html = write_report(folder).read_text(encoding="utf-8")
+    page = Page()
+    page.feed(html)
+    assert page.tags.count("script") == 2 and "img" not in page.tags and "link" not in page.tags
+    assert all(link.startswith("#") for link in page.links), page.links
+    assert "@import" not in html and not re.search(r"url\s*\(", html) and "{{" not in page.scripts[1]
+    data = json.loads(page.scripts[0])
+    assert data["arms"] == ["vanilla", "full"] and len(data["traces"]) == 80
+    odd = next(t for t in data["traces"] if t["problem"] == "p3" and t["arm"] == "full")
+    assert odd["question"] == EVIL and odd["text"].startswith(EVIL), "text survives exactly"
+    assert list((folder / "figures").glob("*.svg"))
+
+
+def test_view_marks_steps_and_blocks() -> None:
+    seen = view(trace(1, "full", True, acted=True))
+    assert [s[2] for s in seen["steps"]] == ["", "", "block"] and seen["wrong"] == 1
+    a, b = seen["span"]
+    assert seen["text"][a:b] == "1 + 1 = 3"
+    [(a, b)] = seen["forced"]
+    assert seen["text"][a:b] == "<INTRA>" and seen["events"] == [["intra", 2, 0.9, 0.5]]
+
+
+def test_embedded_traces_are_capped_and_stay_paired(folder: Any) -> None:
+    html = write_report(folder, cap=10).read_text(encoding="utf-8")
+    page = Page()
+    page.feed(html)
+    traces = json.loads(page.scripts[0])["traces"]
+    assert len(traces) == 10 and len({t["problem"] for t in traces}) == 5
+    assert "10 of 80 traces are embedded" in html
+
+
+def test_pick_prefers_repairs() -> None:
+    traces = {
+        "vanilla": [trace(i, "vanilla", i != 7) for i in range(20)],
+        "full": [trace(i, "full", True, acted=i == 7) for i in range(20)],
+    }
+    assert "p7" in pick(traces, 2)
+    title, pairs = choose_examples(traces, 1)
+    assert title.startswith("1 of 1") and pairs[0][1].problem.id == "p7"
+    honest, none = choose_examples({**traces, "full": traces["vanilla"]}, 3)
+    assert honest == "full never stepped in" and not none
+
+
+def test_embed_is_inert() -> None:
+    assert "<" not in embed(EVIL) and "\u2028" not in embed(EVIL) and json.loads(embed(EVIL)) == EVIL
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "tokens", "words"),
+    [
+        ((0.1, 0.05, 0.15), (-0.3, -0.4, -0.2), "more often right than vanilla and its answers are shorter"),
+        ((-0.1, -0.15, -0.05), (-0.3, -0.4, -0.2), "less often right than vanilla but its answers are shorter"),
+        ((0.1, 0.05, 0.15), (0.3, 0.2, 0.4), "more often right than vanilla but its answers are longer"),
+        ((0.1, 0.05, 0.15), (0.0, -0.1, 0.1), "a length that cannot be told apart"),
+        ((0.1, -0.05, 0.25), (-0.3, -0.4, -0.2), "no difference in accuracy is shown"),
+        ((0.1, -0.05, 0.25), (0.0, -0.1, 0.1), "No difference between full and vanilla"),
+    ],
+)
+def test_headline_says_no_more_than_the_intervals(accuracy: Any, tokens: Any, words: str) -> None:
+    def sure(value: Any) -> bool:
+        return value[1] > 0 or value[2] < 0
+
+    row = {
+        "arm": "full",
+        "against": "vanilla",
+        "accuracy_delta": accuracy[0],
+        "accuracy_delta_ci": accuracy[1:],
+        "accuracy_excludes_zero": sure(accuracy),
+        "tokens_relative": tokens[0],
+        "tokens_relative_ci": tokens[1:],
+        "tokens_excludes_zero": sure(tokens),
+    }
+    assert words in headline({"comparisons": [row], "arms": []})
+
+
+def test_terminal_ending(folder: Any) -> None:
+    console = Console(file=io.StringIO(), width=140, force_terminal=True, highlight=False)
+    show(folder, 3, console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", said)
+    assert "answers that vanilla got wrong and full got right" in plain and "vanilla" in plain
+    assert "report.html" in plain and "\x1b[1;30;42m<INTRA>" in said, "forced text is coloured"
+    assert caution({"problems": {"n": 40}}) in plain
