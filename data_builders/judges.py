@@ -47,14 +47,13 @@ def find_loop(reviews: Sequence[Review]) -> tuple[int, int, list[int]] | None:
                 revisits.append(i)
             seen.add(r.key)
     run: list[int] = []
-    for i in [*revisits, None]:
-        if i is not None and (not run or i - run[-1] <= 2):
-            run.append(i)
-            continue
-        if len(run) >= MIN_LOOP:
-            return run[0], run[-1] + 1, run
-        run = [] if i is None else [i]
-    return None
+    for i in revisits:
+        if run and i - run[-1] > 2:
+            if len(run) >= MIN_LOOP:
+                break
+            run = []
+        run.append(i)
+    return (run[0], run[-1] + 1, run) if len(run) >= MIN_LOOP else None
 
 
 class ExactJudge:

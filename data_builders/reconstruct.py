@@ -1,4 +1,4 @@
-"""``data reconstruct``: references -> trigger-training rows, every one validated; the rejected kept aside with reasons."""
+"""``data reconstruct``: references -> trigger-training rows, every one validated; the rejected kept with reasons."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def references(config: ReconstructConfig) -> Iterator[Reference]:
         for trace in read_traces(config.traces):
             labels = trace.labels
             if labels is None:
-                raise UserError(f"{config.traces}: trace '{trace.id}' has no labels; run `neureasoner data judge` first")
+                raise UserError(
+                    f"{config.traces}: trace '{trace.id}' has no labels; run `neureasoner data judge` first"
+                )
             if labels.correct and not labels.intra.has_error and not labels.inter.is_stagnant:
                 # Everything up to the end token, which belongs to the tokenizer and not to the text.
                 text = trace.response[: trace.response.rindex("}") + 1] + "."

@@ -191,7 +191,7 @@ def slip_countdown(task: Target, before: Sequence[str], text: str, rng: Random) 
     return Slip(wrong, said, analysis, f"Again {text[eqs[0].start :]}", kind)
 
 
-SLIPS = {"arithmetic": slip_arithmetic, "words": slip_words, "countdown": slip_countdown}
+SLIPS: dict[str, Any] = {"arithmetic": slip_arithmetic, "words": slip_words, "countdown": slip_countdown}
 REDOABLE = {
     "arithmetic": lambda p, r: r.key is None and bool(equations(p)),
     "words": lambda p, r: r.key is None and bool(equations(p)) and "Now it is" in p,
@@ -216,9 +216,7 @@ class ExactRewriter:
         task = family(problem.family).parse(problem.question)
         slip = SLIPS[problem.family](task, paragraphs[:j], paragraphs[j], rng)
         block = IntraBlock(rng.choice(INTRA_LINES), slip.quote, slip.analysis)
-        parts = compose(
-            paragraphs[:j], [slip.wrong], block, [slip.correction, *paragraphs[j + 1 :]], reference.ending
-        )
+        parts = compose(paragraphs[:j], [slip.wrong], block, [slip.correction, *paragraphs[j + 1 :]], reference.ending)
         control = {"error_length": "short", "error_type": slip.kind, "style": STYLE}
         row = Reconstruction(
             f"{reference.id}/intra", problem, "intra", problem.question, **parts, control=control,
@@ -325,4 +323,3 @@ class ExactRewriter:
 
 def _grader(problem: Problem) -> Any:
     return lambda response: score(problem, extract_answer(response))
-

@@ -7,17 +7,11 @@ from itertools import islice
 from typing import Any
 
 from neureasoner.data_builders.config import RolloutsConfig
+from neureasoner.data_builders.encoding import prompt_text
 from neureasoner.data_builders.families import extract_answer, score
 from neureasoner.stages import StageFolder
 from neureasoner.steps import segment
 from neureasoner.traces import NO_THINKING, Problem, Trace, read_problems, read_traces, write_rows
-
-
-def prompt_text(tokenizer: Any, question: str) -> str:
-    """The chat prompt, opened for thinking."""
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
-    )
 
 
 def build_trace(
@@ -28,7 +22,9 @@ def build_trace(
     finished = bool(ids) and ids[-1] == tokenizer.eos_token_id
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     steps, thinking = segment(ids, tokenizer)
-    return Trace(name, problem, list(prompt_ids), ids, text, steps, finished, meta={"thinking_tokens": thinking, **meta})
+    return Trace(
+        name, problem, list(prompt_ids), ids, text, steps, finished, meta={"thinking_tokens": thinking, **meta}
+    )
 
 
 def sample_batch(
@@ -60,7 +56,14 @@ def sample_batch(
 
 def sample_rollouts(config: RolloutsConfig) -> dict[str, Any]:
     """Stage ``data rollouts``. Writes traces.jsonl (and records/ where sites were asked for)."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from neureasoner.models import load, load_tokenizer
 

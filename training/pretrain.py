@@ -3,13 +3,14 @@
     accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \\
         training/pretrain.py --config configs/recipes/tiny/pretrain.yaml
 
-Stop it at any time; the same command goes on from the last checkpoint. The traces are made from ``--corpus_seed`` and seen
-once each, in an order fixed by it.
+Stop it at any time; the same command goes on from the last checkpoint. The traces are made from ``--corpus_seed`` and
+seen once each, in an order fixed by it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -53,11 +54,20 @@ def encode_corpus(examples: int, seed: int, batch: int, tokenizer) -> list[dict[
     return [rows[i] for b in rng.permutation(len(whole)).tolist() for i in whole[b]]
 
 
+def collate(rows: list[dict[str, list[int]]], pad: int):  # type: ignore[no-untyped-def]
+    """Pad on the right. No attention mask: a causal model never looks right, and attention is faster without one."""
+    import torch
+
+    width = max(len(r["input_ids"]) for r in rows)
+    fill = {"input_ids": pad, "labels": -100}
+    return {k: torch.tensor([r[k] + [v] * (width - len(r[k])) for r in rows]) for k, v in fill.items()}
+
+
 def main() -> None:
     import torch
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
-    from transformers import DataCollatorForSeq2Seq, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments, set_seed
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments, set_seed
     from transformers.trainer_utils import get_last_checkpoint
     from trl import TrlParser
 
@@ -69,7 +79,9 @@ def main() -> None:
         def _get_train_sampler(self, *args, **kwargs):  # type: ignore[no-untyped-def]
             return SequentialSampler(self.train_dataset)
 
-    reasoner, args = TrlParser((ReasonerArguments, TrainingArguments)).parse_args_and_config()
+    reasoner: Any
+    args: Any
+    reasoner, args = TrlParser([ReasonerArguments, TrainingArguments]).parse_args_and_config()  # type: ignore[arg-type]
     args.use_cpu = not torch.cuda.is_available()
     set_seed(args.seed)
 
@@ -90,25 +102,24 @@ def main() -> None:
         num_key_value_heads=reasoner.kv_heads,
         head_dim=reasoner.head_dim,
         max_position_embeddings=1024,
-        rope_theta=10_000.0,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen3ForCausalLM(config)
+    model: Any = Qwen3ForCausalLM(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     trainer = InOrder(
         model=model,
         args=args,
         train_dataset=data,
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if args.output_dir else None)
     trainer.save_model()
     if reasoner.export and trainer.is_world_process_zero():
-        model.to(torch.bfloat16).save_pretrained(reasoner.export)
+        model.to(dtype=torch.bfloat16).save_pretrained(reasoner.export)
         tokenizer.save_pretrained(reasoner.export)
 
 

@@ -48,7 +48,7 @@ class Expression:
         return self.put(i, c)
 
     def put(self, i: int, c: int) -> Expression:
-        return Expression(self.numbers[:i] + (c,) + self.numbers[i + 2 :], self.ops[:i] + self.ops[i + 1 :])
+        return Expression((*self.numbers[:i], c, *self.numbers[i + 2 :]), self.ops[:i] + self.ops[i + 1 :])
 
     def next(self) -> int:
         return self.ops.index("*") if "*" in self.ops else 0
@@ -72,13 +72,13 @@ class Arithmetic:
     def generate(self, rng: Random, difficulty: int) -> tuple[str, str]:
         n_ops, n_products, top, factor, second = GRADES[difficulty - 1]
         while True:
-            at = set()
+            at: set[int] = set()
             while len(at) < n_products:
                 i = rng.randrange(n_ops)
                 if i - 1 not in at and i + 1 not in at:  # no chains of three factors
                     at.add(i)
                 if n_products == 2 and n_ops == 3 and at == {1}:
-                    at = set()
+                    at: set[int] = set()
             ops = ["*" if i in at else rng.choice("+-") for i in range(n_ops)]
             numbers = []
             for i in range(n_ops + 1):

@@ -32,8 +32,7 @@ class Review:
 
     ``key``: identity of the attempt or check it makes (None: it makes none); equal keys mean a revisit.
     ``error``: error type of core.md §1.3, or "" when nothing is wrong; ``quote``: the wrong words, verbatim.
-    ``result``: the value the paragraph arrives at; ``solves``: that value is the right answer, reached for the first time
-    or again.
+    ``result``: the value the paragraph arrives at; ``solves``: it states the right answer, for the first time or again.
     """
 
     key: tuple[Any, ...] | None = None
@@ -95,9 +94,7 @@ def calculate(a: int, op: str, b: int) -> int | None:
 
 def equations(text: str) -> list[Equation]:
     """All equations written in a text, in order."""
-    return [
-        Equation(int(m[1]), m[2], int(m[3]), int(m[4]), m[0], m.start()) for m in EQUATION.finditer(text)
-    ]
+    return [Equation(int(m[1]), m[2], int(m[3]), int(m[4]), m[0], m.start()) for m in EQUATION.finditer(text)]
 
 
 def write_equation(a: int, op: str, b: int) -> str:

@@ -157,7 +157,8 @@ class Countdown:
 
     def failed_attempts(self, task: Target, rng: Random, n: int, avoid: set[object] | None = None) -> list[Chain]:
         """Up to n different chains that miss the target."""
-        seen, out = set(avoid or ()), []
+        seen: set[object] = set(avoid or ())
+        out: list[Chain] = []
         for _ in range(20 * n):
             if len(out) == n:
                 break
@@ -174,7 +175,7 @@ class Countdown:
         listed = ", ".join(map(str, task.numbers[:-1])) + f" and {task.numbers[-1]}"
         out = [rng.choice([f"I have {listed} and want {task.target}.", f"The goal is {task.target} from {listed}."])]
         openers = ["Try", "Maybe", "What about", "Next", "Now"]
-        opened: set[tuple[int, str, int]] = set()
+        opened: set[Chain] = set()
         solved = {attempt_key([step]) for s in self.solutions(task) for step in s[:1]}
         for chain in self.failed_attempts(task, rng, rng.randint(0, most)):
             first = attempt_key([chain[0]])

@@ -23,7 +23,13 @@ from neureasoner.errors import UserError
 NAMES = ["Mia", "Tom", "Ada", "Ben", "Eva", "Leo", "Zoe", "Max"]
 THINGS = ["apples", "pens", "coins", "cards", "stones", "books", "shells", "stamps"]
 # (changes, things that do not matter, largest start, largest change, most bags, largest bag)
-GRADES = [(2, 0, 20, 9, 3, 5), (3, 0, 50, 20, 5, 9), (3, 1, 150, 80, 9, 12), (3, 1, 400, 200, 9, 25), (4, 2, 800, 400, 12, 40)]
+GRADES = [
+    (2, 0, 20, 9, 3, 5),
+    (3, 0, 50, 20, 5, 9),
+    (3, 1, 150, 80, 9, 12),
+    (3, 1, 400, 200, 9, 25),
+    (4, 2, 800, 400, 12, 40),
+]
 START = re.compile(r"(\w+) has (\d+) (\w+)\. ")
 EVENT = re.compile(
     r"finds (?P<find>\d+) more\.|buys (?P<bags>\d+) bags with (?P<each>\d+) each\.|gives (?P<give>\d+) away\.|"

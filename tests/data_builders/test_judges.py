@@ -84,7 +84,9 @@ def test_problem_files_are_graded_disjoint_and_checked(tmp_path: Path) -> None:
         read_problems(tmp_path / "empty.jsonl")
 
 
-def test_promise_9_rollouts_resume_without_sampling_twice(tmp_path: Path, make_model, tiny_tokenizer, monkeypatch) -> None:
+def test_promise_9_rollouts_resume_without_sampling_twice(
+    tmp_path: Path, make_model, tiny_tokenizer, monkeypatch
+) -> None:
     model = make_model("qwen3")
     model.save_pretrained(tmp_path / "m")
     tiny_tokenizer.save_pretrained(tmp_path / "m")
