@@ -1,7 +1,7 @@
 """The tiny reasoner's training corpus and tokenizer: correct first-person traces, made from a seed.
 
-No trace holds a wrong step or makes an attempt twice (a test reviews a sample): what the trained model gets wrong is its
-own doing.
+No trace holds a wrong step or makes an attempt twice (a test reviews a sample): what the trained model gets wrong is
+its own doing.
 """
 
 from __future__ import annotations

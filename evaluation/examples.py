@@ -39,8 +39,11 @@ def interest(vanilla: Trace, full: Trace) -> tuple[int, int]:
     return (4 if acted else 5), 0
 
 
-def pick(traces: Mapping[str, Sequence[Trace]], cap: int) -> set[str]:
-    """Problems to embed: as many as fit under ``cap`` traces with one sample of every arm, the kinds taking turns."""
+def pick(traces: Mapping[str, Sequence[Trace]], cap: int) -> list[str]:
+    """Problems to embed: as many as fit under ``cap`` traces with one sample of every arm, the kinds taking turns.
+
+    The most telling come first.
+    """
     arms = [name for name in traces if name != VOTE]
     room = cap // max(1, len(arms))
     kinds: dict[int, list[str]] = {}
@@ -55,7 +58,7 @@ def pick(traces: Mapping[str, Sequence[Trace]], cap: int) -> set[str]:
                 chosen.append(queue.pop(0))
     for name in arms:  # without a pair of arms: simply the first ones
         chosen += [t.problem.id for t in first[name] if t.problem.id not in chosen][: max(0, room - len(chosen))]
-    return set(chosen)
+    return chosen
 
 
 def view(trace: Trace) -> dict[str, Any]:

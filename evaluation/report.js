@@ -63,7 +63,8 @@
       if (i === t.wrong) step.title = "wrong step: " + t.why;
       else if (kind) step.title = kind === "loop" ? "part of a circle" : "intervention";
       step.append(marked(t, a, b));
-      while (step.lastChild && step.lastChild.nodeType === 3 && !step.lastChild.data.trim()) step.lastChild.remove();
+      const last = step.lastChild; // the separator is shown by the gap between the boxes
+      if (last && last.nodeType === 3) last.data = last.data.trimEnd();
       box.append(step);
       end = b;
     });

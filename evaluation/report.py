@@ -217,13 +217,9 @@ def page(
 ) -> str:
     """The finished page."""
     problems = pick(traces, cap)
-    shown = [
-        view(t)
-        for name, rows in traces.items()
-        if name != VOTE
-        for t in _first_samples(rows)
-        if t.problem.id in problems
-    ]
+    rank = {problem: i for i, problem in enumerate(problems)}
+    kept = [t for n, rows in traces.items() if n != VOTE for t in _first_samples(rows) if t.problem.id in rank]
+    shown = [view(t) for t in sorted(kept, key=lambda t: rank[t.problem.id])]
     total = sum(len(rows) for rows in traces.values())
     full, vanilla = arm_of(results, FULL), arm_of(results, VANILLA)
     cards = "".join(
@@ -248,10 +244,10 @@ def page(
         "sentences": "".join(f"<li>{escape(s)}</li>" for s in sentences(results)),
         "arms": arms_table(results),
         "tradeoff": _figure(figures["tradeoff"], "Each point is an arm; bars are 95% intervals.", wide=True),
+        "difficulty": _gallery(figures, {"difficulty_": "Accuracy by difficulty; bars are 95% intervals."}),
         "figures": _gallery(
             figures,
             {
-                "difficulty_": "Accuracy by difficulty; bars are 95% intervals.",
                 "tokens": "Box: middle half; line: 5% to 95%; tick: median.",
                 "positions": "Where the full arm stepped in.",
             },

@@ -81,7 +81,7 @@ def main() -> None:
 
     reasoner: Any
     args: Any
-    reasoner, args = TrlParser([ReasonerArguments, TrainingArguments]).parse_args_and_config()  # type: ignore[arg-type]
+    reasoner, args = TrlParser([ReasonerArguments, TrainingArguments]).parse_args_and_config()  # type: ignore[list-item]
     args.use_cpu = not torch.cuda.is_available()
     set_seed(args.seed)
 

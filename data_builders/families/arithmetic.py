@@ -78,7 +78,7 @@ class Arithmetic:
                 if i - 1 not in at and i + 1 not in at:  # no chains of three factors
                     at.add(i)
                 if n_products == 2 and n_ops == 3 and at == {1}:
-                    at: set[int] = set()
+                    at = set()
             ops = ["*" if i in at else rng.choice("+-") for i in range(n_ops)]
             numbers = []
             for i in range(n_ops + 1):
