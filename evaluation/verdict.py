@@ -74,7 +74,7 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
             c["accuracy_excludes_zero"],
             "Better timing would still help: the exact judge's triggers gain",
             "Even the exact judge's triggers do not reach full:",
-            "Timing is not what limits full: with the exact judge's triggers the difference is",
+            "A gain from better timing is not shown: the exact judge's triggers bring",
         )
         said.append(f"{room} {points(c)}, {percent(c)} over full.")
     full, coin = arm_of(results, FULL), arm_of(results, RANDOM)
