@@ -22,11 +22,10 @@ from neureasoner.inference.assemble import CARD, assemble
 from neureasoner.inference.controller import Controller, Oracle
 from neureasoner.inference.decode import Generation, OnText, generate_batch
 from neureasoner.inference.plan import PLAN_FILE, Plan
-from neureasoner.traces import Problem
+from neureasoner.traces import NO_THINKING, Problem
 
 __all__ = ["NO_THINKING", "Generation", "SteeredModel", "assemble", "encode_prompt", "generate_batch"]
 
-NO_THINKING = "Okay, I think I have finished thinking.\n</think>\n\n"
 Prompt = Problem | str | Sequence[Mapping[str, str]] | Sequence[int]
 
 
