@@ -52,6 +52,12 @@ class RolloutsConfig:
         for key in ("samples", "max_new_tokens", "batch_size"):
             if getattr(self, key) < 1:
                 raise UserError(f"key '{key}' must be at least 1, got {getattr(self, key)}")
+        if self.limit < 0:
+            raise UserError(f"key 'limit' must not be negative, got {self.limit}")
+        if self.temperature < 0:
+            raise UserError(f"key 'temperature' must not be negative, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"key 'top_p' must lie in (0, 1], got {self.top_p}")
 
 
 @dataclass

@@ -26,11 +26,13 @@ CHAT_TEMPLATE = (
 
 
 def split_of(question: str) -> str:
-    """The split a question belongs to, by a hash of its text: 80 % train, 10 % validation, 10 % test.
+    """The split a question belongs to, by a hash of its numbers and words: 80 % train, 10 % validation, 10 % test.
 
-    Two problem files of different splits therefore share no question, whatever their seeds.
+    The words are sorted first, so that a question with its numbers in another order is the same question. Two problem
+    files of different splits therefore share none, whatever their seeds.
     """
-    bucket = int.from_bytes(hashlib.sha256(question.encode()).digest()[:4], "big") % 10
+    words = " ".join(sorted(question.replace(",", " ").replace(".", " ").split()))
+    bucket = int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big") % 10
     return SPLITS[max(0, bucket - 7)]
 
 

@@ -11,6 +11,7 @@ from neureasoner.artifacts import write_json, write_text
 from neureasoner.data_builders.config import ReconstructConfig
 from neureasoner.data_builders.corpus import traces
 from neureasoner.data_builders.families import FAMILIES
+from neureasoner.data_builders.judges import BLOCK_STARTS
 from neureasoner.data_builders.layouts import Reconstruction
 from neureasoner.data_builders.rewriters import ExactRewriter, Reference, Rejected, Rewriter, reference_from
 from neureasoner.errors import UserError
@@ -27,6 +28,8 @@ def references(config: ReconstructConfig) -> Iterator[Reference]:
                 raise UserError(
                     f"{config.traces}: trace '{trace.id}' has no labels; run `neureasoner data judge` first"
                 )
+            if any(mark in trace.response for mark in BLOCK_STARTS):
+                continue  # the model wrote a trigger by itself: no untouched reference
             if labels.correct and not labels.intra.has_error and not labels.inter.is_stagnant:
                 # Everything up to the end token, which belongs to the tokenizer and not to the text.
                 text = trace.response[: trace.response.rindex("}") + 1] + "."

@@ -8,7 +8,8 @@ from typing import Any
 
 from neureasoner.data_builders.config import RolloutsConfig
 from neureasoner.data_builders.encoding import prompt_text
-from neureasoner.data_builders.families import extract_answer, score
+from neureasoner.data_builders.families import extract_answer, family, score
+from neureasoner.model_files import model_files
 from neureasoner.stages import StageFolder
 from neureasoner.steps import segment
 from neureasoner.traces import NO_THINKING, Problem, Trace, read_problems, read_traces, write_rows
@@ -68,7 +69,9 @@ def sample_rollouts(config: RolloutsConfig) -> dict[str, Any]:
     from neureasoner.models import load, load_tokenizer
 
     problems = list(islice(read_problems(config.problems), config.limit or None))
-    folder = StageFolder(config.out, "data rollouts", config, inputs=[config.problems])
+    for p in problems:  # an unreadable question should not cost a batch
+        family(p.family).parse(p.question)
+    folder = StageFolder(config.out, "data rollouts", config, inputs=[config.problems, *model_files(config.model)])
     if folder.done:
         return folder.summary
     tokenizer = load_tokenizer(config.model)
@@ -106,9 +109,10 @@ def sample_rollouts(config: RolloutsConfig) -> dict[str, Any]:
         if model is None:
             model, _ = load(config.model)
         record_to(folder.path / "records", model, tokenizer, read_traces(folder.path / "traces.jsonl"), config.record)
-    for part in parts:
-        part.unlink()
-    return folder.finish({"n": len(jobs), "accuracy": round(right / max(1, done), 4)})
+    summary = folder.finish({"n": len(jobs), "accuracy": round(right / max(1, done), 4)})
+    for part in parts:  # only now: a kill before this line costs nothing
+        part.unlink(missing_ok=True)
+    return summary
 
 
 def _sample_part(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from neureasoner.artifacts import read_json, write_json
+from neureasoner.artifacts import file_fingerprint, read_json, write_json
 from neureasoner.data_builders.families import family
 from neureasoner.errors import UserError
 from neureasoner.evaluation import results as results_of
@@ -13,6 +13,7 @@ from neureasoner.evaluation.arms import FULL, NO_THINKING, Arm, choose, measured
 from neureasoner.evaluation.config import EvaluateConfig
 from neureasoner.evaluation.metrics import Outcome, per_problem
 from neureasoner.evaluation.runner import ArmRun, outcomes
+from neureasoner.model_files import model_files
 from neureasoner.stages import StageFolder
 from neureasoner.traces import Problem, read_problems, read_traces
 
@@ -95,12 +96,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     paper = (Path(config.model) / "probes" / "paper").is_dir()
     arms, skipped = choose(config.arms, plan.names, paper)
     base = config.base or str(card.get("base") or "")
+    if base and not config.base and card.get("base_files") not in (None, file_fingerprint(model_files(base))):
+        raise UserError(
+            f"{config.model}: was trained from another '{base}' than the one that is here now; train and assemble again"
+        )
     if not base and any(a.model == "base" for a in arms):
         raise UserError(f"{config.model}: names no base model; give --base (the model before training, such as tiny)")
     checkpoint = [Path(config.model) / name for name in (PLAN, CARD, "stage.json")]
     given = [p for p in (config.probes_results, config.neurons, config.judge_results) if p]
     folder = StageFolder(
-        config.out, "evaluate", config, inputs=[config.problems, *(p for p in checkpoint if p.is_file()), *given]
+        config.out,
+        "evaluate",
+        config,
+        inputs=[config.problems, *(p for p in checkpoint if p.is_file()), *given, *(model_files(base) if base else [])],
     )
     if not folder.done:
         _run(Evaluation(config, problems, base), arms, skipped)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from neureasoner import __version__
-from neureasoner.artifacts import read_json, write_json
+from neureasoner.artifacts import file_fingerprint, read_json, write_json
 from neureasoner.errors import UserError
 from neureasoner.inference.config import AssembleConfig
 from neureasoner.inference.plan import PLAN_FILE, Plan
+from neureasoner.model_files import model_files
 from neureasoner.stages import MARK, STARTED, StageFolder
 
 CARD = "neureasoner.json"
@@ -35,7 +36,7 @@ def assemble(config: AssembleConfig) -> dict[str, Any]:
         raise UserError(f"{out} holds other files; choose another --out or delete it")
     plan, dropped = _keep_rules(Plan.load(config.plan), found, source)
     files = [source / name / file for name in found for file in PROBE_FILES]
-    inputs: list[str | Path] = [config.plan, config.probes, *files, *_model_files(config.model)]
+    inputs: list[str | Path] = [config.plan, config.probes, *files, *model_files(config.model)]
     folder = StageFolder(out, "assemble", config, inputs=inputs)
     if folder.done:
         return folder.summary
@@ -59,15 +60,6 @@ def assemble(config: AssembleConfig) -> dict[str, Any]:
 
 def _is_probe(folder: Path) -> bool:
     return all((folder / file).is_file() for file in PROBE_FILES)
-
-
-def _model_files(model: str) -> list[Path]:
-    """Files that tell one model folder from another. Big weights are left to the fingerprint in the card."""
-    from neureasoner.models import resolve
-
-    folder = Path(resolve(model))
-    files = sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return [f for f in files if f.stat().st_size < 64 * 2**20]
 
 
 def _keep_rules(plan: Plan, found: list[str], source: Path) -> tuple[Plan, list[str]]:
@@ -124,6 +116,7 @@ def _build(config: AssembleConfig, plan: Plan, found: list[str], source: Path, o
         "model": config.model,
         "fingerprint": fingerprint(model),
         "base": config.base,
+        "base_files": file_fingerprint(model_files(config.base)) if config.base else None,
         "base_fingerprint": accept[0] if accept else "",
         "versions": {"torch": torch.__version__, "transformers": _version("transformers")},
         "probes": {

@@ -29,7 +29,7 @@ T = TypeVar("T")
 class Trigger:
     """When a rule fires. Exactly one source: ``probe``, ``random``, ``oracle`` or ``always``.
 
-    probe       folder of a probe, relative to the plan file; fires at score >= threshold
+    probe       folder of a probe, relative to the plan file; fires at score > threshold
     threshold   replaces the probe's own calibrated threshold
     random      probability of firing each time the rule is evaluated (the random_trigger control)
     oracle      name of a function given at generation, ``fn(RowState) -> bool``

@@ -108,7 +108,8 @@ class RowState:
         if self.done or self.queue or not self.tokens or not self.thinking or self.fired[rule.name] >= t.max:
             return False
         if t.at_step is not None:
-            return self.closed and self.steps == t.at_step
+            # After an intervention the first steps hold its block: nothing the probe was fitted on.
+            return self.closed and self.steps == t.at_step and not self.fired.total()
         if not (self.closed or t.immediate) or self.in_block or self.closed_block:
             return False
         if self.full_steps is not None and self.full_steps < t.cooldown:

@@ -41,7 +41,7 @@ def command_line(script: Path, args: Sequence[str], launch_config: str = "") -> 
         # every choice said, so that accelerate neither warns nor reads a configuration from the home folder
         options = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         options += [] if has_gpu() else ["--cpu"]
-    return [sys.executable, "-m", "accelerate.commands.launch", *options, str(script), *args]
+    return [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *options, str(script), *args]
 
 
 def accelerate(script: Path, args: Sequence[str], launch_config: str = "") -> None:

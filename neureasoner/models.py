@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neureasoner.artifacts import fingerprint as hash_of
 from neureasoner.errors import UserError
+from neureasoner.model_files import model_files, resolve
 from neureasoner.sites import SUPPORTED, Layout
 
 if TYPE_CHECKING:
     import torch
 
-TINY = Path(__file__).parent / "assets" / "tiny"
+__all__ = ["default_device", "fingerprint", "load", "load_tokenizer", "model_files", "resolve"]
+
 SAMPLE = 64  # values of each parameter that enter the fingerprint
-
-
-def resolve(name: str) -> str:
-    """Folder or hub id behind ``name``; ``tiny`` is the shipped reasoner.
-
-    Raises UserError if ``tiny`` is not packaged, or for a path that is no model folder.
-    """
-    if name == "tiny":
-        if not (TINY / "config.json").is_file():
-            raise UserError("the shipped reasoner 'tiny' is not in this installation; name a model folder instead")
-        return str(TINY)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{name}: holds no config.json, so it is not a model folder")
-        return str(path)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{name}: no such model folder")
-    return name
 
 
 def default_device() -> torch.device:

@@ -29,6 +29,7 @@ from neureasoner.commands import COMMANDS, Command
 from neureasoner.config import closest, from_dict, read_mapping
 from neureasoner.errors import UserError
 from neureasoner.floor_config import RunConfig
+from neureasoner.model_files import model_files
 from neureasoner.stages import MARK
 
 SHIPPED = ("configs/recipes/tiny", "configs/recipes")
@@ -185,6 +186,9 @@ def _state(stage: Stage) -> str:
     mark = stage.out / MARK if stage.out else None
     files = [s for s in _strings(stage.settings) if len(s) < 1024 and "\n" not in s and Path(s).is_file()]
     marks = [str(mark)] if mark and mark.is_file() else []
+    model = stage.settings.get("model")
+    if isinstance(model, str) and (model == "tiny" or (Path(model) / "config.json").is_file()):
+        marks += [str(f) for f in model_files(model)]
     return fingerprint(__version__, stage.launch, stage.settings, marks, file_fingerprint([*files, *marks]))
 
 

@@ -44,12 +44,13 @@ class StageFolder:
         mark = self.path / MARK
         self.done = mark.is_file()
         started = mark if self.done else self.path / STARTED
-        if started.is_file() and read_json(started)["key"] != self.key:
+        same = started.is_file() and read_json(started)["key"] == self.key
+        if started.is_file() and not same and (self.done or any(p.name != STARTED for p in self.path.iterdir())):
             raise UserError(
                 f"{name}: {self.path} holds the output of other settings or inputs; choose another --out or delete it"
             )
         self.summary: dict[str, Any] = read_json(mark)["summary"] if self.done else {}
-        if not self.done and not started.is_file():
+        if not self.done and not same:
             write_json(self.path / STARTED, {"key": self.key, "name": name, "config": settings})
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 from neureasoner import __version__
 from neureasoner.artifacts import read_json, write_json, write_tensors
 from neureasoner.errors import UserError
+from neureasoner.model_files import model_files
 from neureasoner.probes.config import FitConfig
 from neureasoner.probes.dataset import Table, build_tables
 from neureasoner.probes.detector import Probe, git_revision
@@ -270,7 +271,12 @@ def fit(config: FitConfig) -> dict[str, Any]:
     """
     from neureasoner.models import load
 
-    inputs = [config.traces, config.neurons, *([config.nothinking] if config.nothinking else [])]
+    inputs: list[str | Path] = [
+        *model_files(config.model),
+        config.traces,
+        config.neurons,
+        *([config.nothinking] if config.nothinking else []),
+    ]
     for name in config.candidates:  # an unknown name should not cost a recording
         FeatureSet.named(name, "intra", 2, "neuron:0[0]", "residual:0")
     folder = StageFolder(config.out, "probes fit", config, inputs=inputs)

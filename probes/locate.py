@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from neureasoner import __version__
 from neureasoner.artifacts import write_json
 from neureasoner.errors import UserError
+from neureasoner.model_files import model_files
 from neureasoner.probes.attribution import Selection, direct_scores, joint_worst_rank, ranks, select, worst_rank
 from neureasoner.probes.config import LocateConfig
 from neureasoner.probes.features import LEVELS
@@ -141,7 +143,11 @@ def locate(config: LocateConfig) -> dict[str, Any]:
     from neureasoner.models import fingerprint, load
     from neureasoner.probes.figures import draw_example, draw_experts
 
-    inputs = [config.traces, *([config.nothinking] if config.nothinking else [])]
+    inputs: list[str | Path] = [
+        *model_files(config.model),
+        config.traces,
+        *([config.nothinking] if config.nothinking else []),
+    ]
     folder = StageFolder(config.out, "probes locate", config, inputs=inputs)
     if folder.done:
         return folder.summary

@@ -68,10 +68,10 @@ def main() -> None:
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
     from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
     from trl import TrlParser
 
     from neureasoner.data_builders.corpus import build_tokenizer
+    from neureasoner.training.checkpoints import last_whole
 
     class InOrder(Trainer):
         """The corpus is already in its order."""
@@ -116,7 +116,7 @@ def main() -> None:
         data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if args.output_dir else None)
+    trainer.train(resume_from_checkpoint=last_whole(args.output_dir))
     trainer.save_model()
     if reasoner.export and trainer.is_world_process_zero():
         model.to(dtype=torch.bfloat16).save_pretrained(reasoner.export)

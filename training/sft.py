@@ -123,12 +123,12 @@ def build(script: SftArguments, args: Any, callbacks: Sequence[Any] = ()) -> tup
 
 def main(script: SftArguments, args: Any, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train, and leave a model folder in ``script.out``. Returns the summary of ``stage.json``."""
-    from neureasoner.models import resolve
+    from neureasoner.model_files import model_files
     from neureasoner.stages import STARTED, StageFolder
     from neureasoner.training.checkpoints import last_whole, save_whole
 
     # ---- Done already?
-    inputs: list[str | Path] = [script.data, *identity(resolve(script.model))]
+    inputs: list[str | Path] = [script.data, *model_files(script.model)]
     stage = StageFolder(script.out, "training sft", settings_of(script, args), inputs)
     main_process = args.process_index == 0
     if stage.done:
@@ -188,13 +188,6 @@ def plot(history: list[dict[str, float]], path: Path) -> None:
     axes.set(xlabel="update", ylabel="loss per trained token (nats)")
     axes.legend()
     figure.savefig(path, dpi=120)
-
-
-def identity(model: str) -> list[Path]:
-    """Files that tell one model folder from another; weights over 256 MB go by their configuration and name."""
-    patterns = ("config.json", "tokenizer.json", "*.safetensors")
-    files = [p for pattern in patterns for p in sorted(Path(model).glob(pattern))]
-    return [p for p in files if p.stat().st_size < 1 << 28]
 
 
 if __name__ == "__main__":

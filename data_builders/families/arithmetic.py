@@ -16,6 +16,7 @@ from neureasoner.data_builders.families.base import (
     pick_checks,
     slow_check,
     write_equation,
+    wrong_conclusion,
     wrong_equation,
 )
 from neureasoner.errors import UserError
@@ -204,9 +205,13 @@ class Arithmetic:
                 known.update(current.numbers)
                 passed.add(str(current))
             claim = re.search(r"(?:The answer is|the answer is|So the value is) (-?\d+)", text)
-            if claim and not current.ops and not r.error and int(claim[1]) != current.numbers[0]:
+            if claim and not r.error and current.ops:
+                r.error, r.quote, r.why = "dropped_case", claim[0], f"{current} is not finished"
+            elif claim and not r.error and int(claim[1]) != current.numbers[0]:
                 r.error, r.quote = "hallucination", claim[0]
                 r.why = f"the steps gave {current.numbers[0]}"
+            if not r.error:
+                wrong_conclusion(text, eqs, r)
             r.solves = bool(claim and int(claim[1]) == value)
             out.append(r)
         return out

@@ -126,6 +126,13 @@ def wrong_equation(equation: Equation, known: set[int] | None) -> Review | None:
     return None
 
 
+def wrong_conclusion(text: str, eqs: list[Equation], r: Review) -> None:
+    """Note a check whose conclusion is not what its last equation gave."""
+    said = re.search(r"(?:So it is|It starts with) (-?\d+)", text)
+    if said and eqs and int(said[1]) != eqs[-1].c:
+        r.error, r.quote, r.why = "logic_non_sequitur", said[0], f"the last equation gave {eqs[-1].c}"
+
+
 def split_sum(a: int, op: str, b: int) -> list[str]:
     """The same operation in small parts: b by its decimal places (sums, differences), a by its places (products)."""
     parts = lambda n: [int(d) * 10**i for i, d in reversed(list(enumerate(reversed(str(n))))) if d != "0"] or [0]  # noqa: E731

@@ -224,6 +224,9 @@ class Countdown:
                     known.add(q.c)
             elif text.startswith("Are all numbers"):
                 r.key = ("check", "used")
+                listed = [int(n) for n in re.findall(r"\d+", text)]
+                if sorted(listed) != sorted(task.numbers):
+                    r.error, r.quote, r.why = "hallucination", text, "these are not the given numbers"
             elif text.startswith("Written out"):
                 r.key = ("check", "written", text)
                 self._written(text, task, r)
@@ -237,7 +240,11 @@ class Countdown:
     def _written(text: str, task: Target, r: Review) -> None:
         m = re.search(r"Written out: (.+?)\. That gives (\d+)\.", text)
         found = evaluate(m[1]) if m else None
-        if m and found and abs(found[0] - int(m[2])) > 1e-9:
+        if m and found is None:
+            r.error, r.quote, r.why = "domain_violation", m[1], "this is no expression"
+        elif m and int(m[2]) != task.target:
+            r.error, r.quote, r.why = "hallucination", m[2], f"the target is {task.target}"
+        elif m and found and abs(found[0] - int(m[2])) > 1e-9:
             r.error, r.quote, r.why = "calculation", m[1], f"{m[1]} is {found[0]:g}"
         elif m and found and sorted(found[1]) != sorted(task.numbers):
             r.error, r.quote, r.why = "hallucination", m[1], "these are not the given numbers"

@@ -16,6 +16,7 @@ from neureasoner.data_builders.families.base import (
     pick_checks,
     slow_check,
     write_equation,
+    wrong_conclusion,
     wrong_equation,
 )
 from neureasoner.errors import UserError
@@ -231,6 +232,11 @@ class Words:
                     r.error, r.quote, r.why = "hallucination", claim[0], f"the steps gave {total}"
                 elif any(e.kind != "other" for e in task.events[place:]):
                     r.error, r.quote, r.why = "dropped_case", claim[0], "a change of the story is missing"
+            others = re.match(r"The (\d+) things of the other one", text)
+            if others and int(others[1]) not in [e.a for e in task.events if e.kind == "other"] and not r.error:
+                r.error, r.quote, r.why = "hallucination", others[0], "the story names no such things"
+            if not r.error:
+                wrong_conclusion(text, eqs, r)
             r.solves = bool(claim and int(claim[1]) == value)
             out.append(r)
         return out

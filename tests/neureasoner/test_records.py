@@ -127,6 +127,8 @@ def test_stage_folder(tmp_path: Path) -> None:
     first = stage()
     assert not first.done and (out / STARTED).is_file() and not (out / MARK).exists()
     assert not stage().done  # killed and started again
+    assert not stage(2).done and not stage().done  # nothing is there yet, so nothing can be mixed
+    (out / "part").write_text("half of it")
     with pytest.raises(UserError, match="other settings"):
         stage(2)
     first.finish({"rows": 3})

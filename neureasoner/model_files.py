@@ -1,0 +1,42 @@
+"""Which folder a model's name means, and which files tell one model from another. Light: imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from neureasoner.errors import UserError
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+BIG = 1 << 28  # bytes; larger files are told apart by the fingerprint of the loaded weights
+
+
+def resolve(name: str) -> str:
+    """Folder or hub id behind ``name``; ``tiny`` is the shipped reasoner.
+
+    Raises UserError if ``tiny`` is not packaged, or for a path that is no model folder.
+    """
+    if name == "tiny":
+        if not (TINY / "config.json").is_file():
+            raise UserError("the shipped reasoner 'tiny' is not in this installation; name a model folder instead")
+        return str(TINY)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{name}: holds no config.json, so it is not a model folder")
+        return str(path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{name}: no such model folder")
+    return name
+
+
+def model_files(name: str) -> list[Path]:
+    """Configuration, tokenizer and (up to 256 MB) weight files of a model; empty for a hub id.
+
+    Stages hash them, so that other weights under the same name are other inputs.
+    """
+    folder = Path(resolve(name))
+    if not folder.is_dir():
+        return []
+    names = ("config.json", "tokenizer.json")
+    files = [folder / n for n in names if (folder / n).is_file()] + sorted(folder.glob("*.safetensors"))
+    return [f for f in files if f.stat().st_size < BIG]
