@@ -10,6 +10,7 @@ from neureasoner.data_builders.config import RolloutsConfig
 from neureasoner.data_builders.encoding import prompt_text
 from neureasoner.data_builders.families import extract_answer, family, score
 from neureasoner.model_files import model_files
+from neureasoner.sampling import generation_config
 from neureasoner.stages import StageFolder
 from neureasoner.steps import segment
 from neureasoner.traces import NO_THINKING, Problem, Trace, read_problems, read_traces, write_rows
@@ -38,18 +39,13 @@ def sample_batch(
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if config.temperature > 0:
-        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    settings = generation_config(model, tokenizer, config.max_new_tokens, config.temperature, config.top_p)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(seed)
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=config.max_new_tokens,
-            pad_token_id=pad,
-            eos_token_id=eos,
-            **sampling,
+            generation_config=settings,
         )
     rows = out[:, width:].tolist()
     return [row[: row.index(eos) + 1] if eos in row else row for row in rows]

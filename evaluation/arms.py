@@ -112,6 +112,7 @@ def replay(trace: Trace, plan: Plan, tokenizer: Any) -> dict[str, tuple[int, int
     A rule could have won where it was due and no rule of higher priority won.
     """
     from neureasoner.inference.rows import RowState
+    from neureasoner.probes.features import MIN_TOKENS
     from neureasoner.steps import Separators, StepSegmenter
 
     row = RowState(0, StepSegmenter(Separators.of(tokenizer)), tokenizer)
@@ -124,6 +125,9 @@ def replay(trace: Trace, plan: Plan, tokenizer: Any) -> dict[str, tuple[int, int
         row.push(token, eos)
         winner = won.get(len(row.tokens))
         for rule in plan.rules:
+            seen = len(row.tokens) - (0 if rule.trigger.at_step is not None else row.base)
+            if seen < MIN_TOKENS and winner != rule.name:
+                continue  # its probe is silent here
             if row.due(rule) and (winner is None or order.index(rule.name) <= order.index(winner)):
                 due[rule.name] += 1
         if winner is not None:

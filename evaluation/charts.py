@@ -237,7 +237,7 @@ def histogram(groups: Sequence[tuple[str, Sequence[float]]], xlabel: str, ylabel
 
 def bars(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]], xlabel: str, low: float, high: float) -> str:
     """Horizontal bars with intervals: (name, value, interval or None, is it ours rather than a control)."""
-    frame = Frame((low, high), (0.0, float(max(1, len(rows)))), 420, 56 + 22 * len(rows), left=170, top=8)
+    frame = Frame((low, high), (0.0, float(max(1, len(rows)))), 460, 56 + 22 * len(rows), left=206, top=8)
     for t in ticks(low, high):
         frame.line(frame.px(t), frame.top, frame.px(t), frame.height - frame.bottom, "gr")
         frame.text(frame.px(t), frame.height - frame.bottom + 16, _number(t, False), "middle")
@@ -255,9 +255,11 @@ def bars(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]], xlabel
 
 def roc(curves: Sequence[tuple[str, Sequence[tuple[float, float]]]], title: str) -> str:
     """False-alarm rate against recall."""
-    frame = Frame((0.0, 1.0), (0.0, 1.0), 300, 270)
+    frame = Frame((0.0, 1.0), (0.0, 1.0), 460, 300)
     frame.axes("false-alarm rate", f"recall · {title}", percent=(True, True))
     frame.line(frame.px(0), frame.py(0), frame.px(1), frame.py(1), "gr")
     for i, (name, points) in enumerate(curves):
-        frame.path(points, colour("full" if i == 0 else name, i), name)
+        shade = colour("full" if i == 0 else name, i)
+        frame.path(points, shade, name)
+        frame.text(frame.px(0.98), frame.py(0.06 + 0.075 * (len(curves) - 1 - i)), name, "end", i == 0, shade)
     return frame.svg(f"ROC, {title}")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from neureasoner.inference.plan import Rule
+from neureasoner.probes.features import MIN_TOKENS
 from neureasoner.steps import Separators
 from neureasoner.traces import THINK_OPEN
 
@@ -107,6 +108,8 @@ class RowState:
         t = rule.trigger
         if self.done or self.queue or not self.tokens or not self.thinking or self.fired[rule.name] >= t.max:
             return False
+        if t.random is not None and len(self.tokens) - self.base < MIN_TOKENS:
+            return False  # a probe would be silent here, and the coin takes its place
         if t.at_step is not None:
             # After an intervention the first steps hold its block: nothing the probe was fitted on.
             return self.closed and self.steps == t.at_step and not self.fired.total()

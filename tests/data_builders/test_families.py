@@ -128,6 +128,31 @@ def test_reviewers_find_planted_errors(name: str, question: str, paragraphs: lis
     assert [r.error for r in f.review(f.parse(question), paragraphs)] == errors
 
 
+@pytest.mark.parametrize(
+    ("name", "question", "paragraph", "error"),
+    [
+        ("arithmetic", "Calculate 2 + 3 * 4.", "So the answer is 14.", "dropped_case"),
+        ("arithmetic", "Calculate 2 + 3 * 4.", "Slowly, 2 + 12: 2 + 10 = 12, 12 + 2 = 14. So it is 15.",
+         "logic_non_sequitur"),
+        ("countdown", "Use 3, 4 and 8, each exactly once, with + - * / to reach 20.",
+         "Are all numbers used? 3, 4 and 9, each once. Yes.", "hallucination"),
+        ("countdown", "Use 3, 4 and 8, each exactly once, with + - * / to reach 20.",
+         "Written out: 8 * 3) - 4. That gives 20.", "domain_violation"),
+        ("words", "Mia has 5 pens. Tom owns 7 cards. Mia finds 3 more. How many pens does Mia have now?",
+         "The 9 things of the other one do not count.", "hallucination"),
+    ],
+)  # fmt: skip
+def test_reviewers_check_conclusions_too(name: str, question: str, paragraph: str, error: str) -> None:
+    f = family(name)
+    assert [r.error for r in f.review(f.parse(question), [paragraph])] == [error]
+
+
+def test_a_question_in_another_order_is_the_same_question() -> None:
+    a = "Use 3, 4 and 8, each exactly once, with + - * / to reach 20."
+    b = "Use 8, 3 and 4, each exactly once, with + - * / to reach 20."
+    assert split_of(a) == split_of(b)
+
+
 def test_unknown_family_and_foreign_question_are_refused() -> None:
     with pytest.raises(UserError, match="geometry"):
         family("geometry")

@@ -120,3 +120,22 @@ def test_promise_9_rollouts_resume_without_sampling_twice(
     ]
     summary = judge_traces(JudgeConfig(traces=str(tmp_path / "cut/traces.jsonl"), out=str(tmp_path / "j")))
     assert summary["n"] == 6 and summary["accuracy"] == 0
+
+
+def test_a_stage_that_failed_before_it_wrote_anything_may_be_run_again(tmp_path: Path, tiny_tokenizer) -> None:
+    file = tmp_path / "traces.jsonl"
+    file.write_text("{broken\n")
+    config = JudgeConfig(traces=str(file), out=str(tmp_path / "j"))
+    with pytest.raises(UserError, match="line 1: not JSON"):
+        judge_traces(config)
+    write_rows(file, [trace(tiny_tokenizer, [A, HIT])])
+    assert judge_traces(config)["n"] == 1
+    file.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(UserError, match="line 1: not UTF-8"):
+        judge_traces(JudgeConfig(traces=str(file), out=str(tmp_path / "k")))
+
+
+def test_a_question_no_family_can_read_is_refused_before_any_sampling(tmp_path: Path) -> None:
+    write_rows(tmp_path / "p.jsonl", [Problem("1", "words", 1, "What now?", "1")])
+    with pytest.raises(UserError, match="not a story question"):
+        sample_rollouts(RolloutsConfig(model="tiny", problems=str(tmp_path / "p.jsonl"), out=str(tmp_path / "r")))

@@ -59,11 +59,11 @@ def test_promise_1_the_processor_returns_the_scores_it_got(talker, tokenizer, pr
 
 
 def test_promise_2_a_batch_equals_single_runs(talker, tokenizer, prompts, kit):
-    model = talker(eos=2.0, seed=1)
+    model = talker(eos=1.0, seed=1)
     probe = kit.FakeProbe(lambda n, s: n % 3 == 0, kit.FakeFeatures(read=tuple(kit.SITES)))
     plan = kit.plan_of(
-        inter=("<INTER>", {"random": 0.2, "max": 1}),
-        intra=("<INTRA>", {"probe": "p", "max": 3}),
+        inter=("<INTER>", {"random": 0.7, "max": 1}),
+        intra=("<INTRA>", {"probe": "p", "max": 1}),
     )
     together = kit.sample(model, tokenizer, prompts, plan, {"p": probe}, record=kit.SITES, max_new_tokens=90)
     assert {e["rule"] for g in together for e in g.events} == {"inter", "intra"}

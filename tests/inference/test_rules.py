@@ -95,15 +95,17 @@ def test_closing_the_thinking_ends_the_watch(talker, tokenizer, prompts, kit):
     probe = kit.FakeProbe(lambda n, s: True, features)
     out = kit.sample(talker(), tokenizer, prompts[:2], plan, {"p": probe}, oracles={"at": at}, max_new_tokens=100)
     ids = tokenizer.encode(CLOSE, add_special_tokens=False)
-    for g in out:
-        event = next(e for e in g.events if e["rule"] == "instance")
-        assert event["step"] == 3 and event["token"] == ends(g)[3]
-        assert g.response_ids[event["token"] : event["token"] + len(ids)] == ids
-        close = tokenizer.convert_tokens_to_ids("</think>")
-        assert g.thinking_tokens == g.response_ids.index(close) and len(g.response_ids) == 100
-    # the instance probe sees everything from the first token, block included
-    assert {tuple(b) for _, b in features.seen} == {(0, *ends(g)[:4]) for g in out}
-    assert sorted(calls) == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 1), (1, 3), (1, 4)]
+    watched, repaired = out
+    event = next(e for e in watched.events if e["rule"] == "instance")
+    assert event["step"] == 3 and event["token"] == ends(watched)[3]
+    assert watched.response_ids[event["token"] : event["token"] + len(ids)] == ids
+    close = tokenizer.convert_tokens_to_ids("</think>")
+    assert watched.thinking_tokens == watched.response_ids.index(close) and len(watched.response_ids) == 100
+    # the instance probe sees everything from the first token, and nothing at all once a block stands there
+    assert {e["rule"] for e in repaired.events} == {"intra"}
+    assert {tuple(b) for _, b in features.seen} == {(0, *ends(watched)[:4])}
+    assert [c for c in calls if c[0] == 0] == [(0, 1), (0, 2), (0, 3), (0, 4)]
+    assert (1, 1) in calls and (1, 2) not in calls  # step 2 is the block
 
 
 def test_a_prompt_that_closed_the_thinking_is_not_watched(talker, tokenizer, prompts, kit):

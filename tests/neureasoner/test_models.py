@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from neureasoner import models
+from neureasoner import model_files, models
 from neureasoner.errors import UserError
 
 
@@ -55,7 +55,7 @@ def test_names_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("./absent", "/absent/model", "a/b/c"):
         with pytest.raises(UserError, match="no such model folder"):
             models.resolve(name)
-    monkeypatch.setattr(models, "TINY", tmp_path)
+    monkeypatch.setattr(model_files, "TINY", tmp_path)
     with pytest.raises(UserError, match="'tiny' is not in this installation"):
         models.resolve("tiny")
     (tmp_path / "config.json").write_text("{}")

@@ -242,7 +242,7 @@ def test_paper_defaults() -> None:
 def test_recipe_parses_and_the_command_line_wins() -> None:
     recipe = str(SCRIPT.parents[1] / "configs" / "recipes" / "tiny" / "sft.yaml")
     script, args = sft.parse(["--config", recipe, "--data", "x", "--out", "y", "--learning_rate", "1e-4"])
-    assert (script.mask_failure, script.batch_size, args.learning_rate) == (True, 32, 1e-4)
+    assert (script.mask_failure, script.batch_size, args.learning_rate) == (True, 8, 1e-4)
     assert args.max_length is not None and args.max_length > 1024
 
 

@@ -1,0 +1,1 @@
+../../neureasoner/model_files.py
