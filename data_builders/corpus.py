@@ -55,20 +55,34 @@ def traces(seed: int, n: int, no_thinking: float = 0.08) -> Iterator[tuple[str, 
         yield question, thinking + told.answer
 
 
-def repaired(seed: int, n: int) -> Iterator[str]:
-    """Trigger blocks, for the tokenizer only: its words should be whole tokens, as they are in a real vocabulary."""
+def notes(seed: int, n: int) -> Iterator[tuple[str, str]]:
+    """About n exercises in proofreading: somebody else's text stands in the question, with one error or going round.
+
+    The response names the error, or sums up the attempts, and goes on rightly. Large models know how to read proof;
+    this one has to be shown, or fine-tuning would have to teach the words of a diagnosis besides when to make one. There
+    is no trigger and no tag in it, and nothing wrong but what it quotes.
+    """
     from neureasoner.data_builders.rewriters import ExactRewriter, Rejected, reference_from
 
-    rng, rewriter, names = Random(seed), ExactRewriter(), list(FAMILIES)
-    for i, (question, response) in enumerate(traces(seed, n, no_thinking=0.0)):
-        ref = reference_from(str(i), Problem(str(i), names[i % len(names)], 0, question, ""), response, "corpus")
-        for write in (rewriter.intra, rewriter.inter):
-            try:
-                row = write(ref, rng)
-            except Rejected:
-                continue
-            assert row.block_span
-            yield row.response[row.block_span[0] : row.block_span[1]].split("\n", 1)[1]
+    rng, rewriter, names = Random(f"notes-{seed}"), ExactRewriter(), list(FAMILIES)
+    for i, (question, response) in enumerate(traces(seed + 1_000_003, n, no_thinking=0.0)):
+        name = names[i % len(names)]
+        ref = reference_from(str(i), Problem(str(i), name, 0, question, ""), response, "corpus")
+        circling = rng.random() < 0.35
+        try:
+            row = rewriter.inter(ref, rng) if circling else rewriter.intra(ref, rng)
+        except Rejected:
+            continue
+        assert row.trigger_span and row.block_span
+        wrote = row.response[: row.trigger_span[0]].strip().replace("\n\n", " ")
+        block = row.response[row.block_span[0] : row.block_span[1]].split("] ", 1)[1]
+        rest = row.response[row.block_span[1] :]
+        if circling:
+            yield f'{question} Somebody wrote: "{wrote}" Go on from there.', block + rest
+        else:
+            repair = rest.strip().split("\n\n", 1)[0]
+            answer = f"{block}\n\n{repair}\n{THINK_CLOSE}\n\nIt is fixed now."
+            yield f'{question} Somebody wrote: "{wrote}" Find the error and fix it.', answer
 
 
 def build_tokenizer(seed: int = 0, n: int = 3000, vocabulary: int = 632) -> PreTrainedTokenizerFast:
@@ -94,7 +108,8 @@ def build_tokenizer(seed: int = 0, n: int = 3000, vocabulary: int = 632) -> PreT
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tok.train_from_iterator(chain((q + "\n" + r for q, r in traces(seed, n)), repaired(seed, n)), trainer)
+    pairs = (q + "\n" + r for q, r in chain(traces(seed, n), notes(seed, n)))
+    tok.train_from_iterator(chain(pairs, ["[FAILURE_INTRA] ", "[FAILURE_INTER] "] * 300), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tok,
         pad_token="<|pad|>",

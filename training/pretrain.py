@@ -10,6 +10,7 @@ seen once each, in an order fixed by it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 
@@ -25,20 +26,21 @@ class ReasonerArguments:
     heads: int = field(default=8, metadata={"help": "query heads"})
     kv_heads: int = field(default=2, metadata={"help": "key/value heads"})
     head_dim: int = field(default=32, metadata={"help": "size of a head; heads * head_dim differs from hidden_size"})
+    notes: float = field(default=0.2, metadata={"help": "exercises in proofreading, as a share of the traces"})
     export: str = field(default="", metadata={"help": "also write the bfloat16 model here (what the package ships)"})
 
 
-def encode_corpus(examples: int, seed: int, batch: int, tokenizer) -> list[dict[str, list[int]]]:  # type: ignore[no-untyped-def]
+def encode_corpus(examples: int, notes_share: float, seed: int, batch: int, tokenizer) -> list[dict[str, list[int]]]:  # type: ignore[no-untyped-def]
     """Tokenise the traces and order them so that every batch holds traces of like length.
 
     Batches are shuffled, so the lengths still come in random order. Labels are -100 on the prompt.
     """
     import numpy as np
 
-    from neureasoner.data_builders.corpus import traces
+    from neureasoner.data_builders.corpus import notes, traces
 
     rows = []
-    for question, response in traces(seed, examples):
+    for question, response in chain(traces(seed, examples), notes(seed, round(notes_share * examples))):
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
         )
@@ -88,7 +90,11 @@ def main() -> None:
     tokenizer = build_tokenizer(reasoner.corpus_seed)
     with args.main_process_first(desc="corpus"):
         rows = encode_corpus(
-            reasoner.examples, reasoner.corpus_seed, args.per_device_train_batch_size * args.world_size, tokenizer
+            reasoner.examples,
+            reasoner.notes,
+            reasoner.corpus_seed,
+            args.per_device_train_batch_size * args.world_size,
+            tokenizer,
         )
     data = Dataset.from_list(rows)
     tokens = sum(len(r["input_ids"]) for r in rows)

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from neureasoner.data_builders.corpus import draw, split_of, traces
+from neureasoner.data_builders.corpus import draw, notes, split_of, traces
 from neureasoner.data_builders.families import FAMILIES, extract_answer, family, score
 from neureasoner.data_builders.families.base import EQUATION
 from neureasoner.data_builders.judges import review_steps
@@ -92,6 +92,18 @@ def test_corpus_holds_no_wrong_step_and_repeats_no_attempt() -> None:
         assert not [r for r in reviews if r.error]
         keys = [r.key for r in reviews if r.key]
         assert len(keys) == len(set(keys))
+
+
+def test_proofreading_says_nothing_wrong_but_what_it_quotes() -> None:
+    n = 0
+    for question, response in notes(5, 200):
+        n += 1
+        assert "<INTRA>" not in response and "<INTER>" not in response and "FAILURE" not in response
+        kept = re.sub(r'error span\*\*: ".*"', "", response)
+        kept = re.sub(r", not .*", "", kept)
+        for a, op, b, c in EQUATION.findall(kept):
+            assert eval(f"{a} {op} {b}") == int(c), (question, response)
+    assert n > 120
 
 
 def test_splits_share_no_question() -> None:
