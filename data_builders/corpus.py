@@ -59,8 +59,8 @@ def notes(seed: int, n: int) -> Iterator[tuple[str, str]]:
     """About n exercises in proofreading: somebody else's text stands in the question, with one error or going round.
 
     The response names the error, or sums up the attempts, and goes on rightly. Large models know how to read proof;
-    this one has to be shown, or fine-tuning would have to teach the words of a diagnosis besides when to make one. There
-    is no trigger and no tag in it, and nothing wrong but what it quotes.
+    this one has to be shown, or fine-tuning would have to teach the words of a diagnosis besides when to make one.
+    There is no trigger and no tag in it, and nothing wrong but what it quotes.
     """
     from neureasoner.data_builders.rewriters import ExactRewriter, Rejected, reference_from
 
@@ -109,7 +109,7 @@ def build_tokenizer(seed: int = 0, n: int = 3000, vocabulary: int = 632) -> PreT
         show_progress=False,
     )
     pairs = (q + "\n" + r for q, r in chain(traces(seed, n), notes(seed, n)))
-    tok.train_from_iterator(chain(pairs, ["[FAILURE_INTRA] ", "[FAILURE_INTER] "] * 300), trainer)
+    tok.train_from_iterator(chain(pairs, ["[FAILURE_INTRA] ", "[FAILURE_INTER] "] * n), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tok,
         pad_token="<|pad|>",
