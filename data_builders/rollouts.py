@@ -77,6 +77,12 @@ def sample_rollouts(config: RolloutsConfig) -> dict[str, Any]:
     batches = [jobs[i : i + config.batch_size] for i in range(0, len(jobs), config.batch_size)]
     parts = [folder.path / "parts" / f"{i:05d}.jsonl" for i in range(len(batches))]
     model: Any = None
+    if config.record:  # a wrong site should not cost the sampling
+        from neureasoner.sites import Layout
+
+        model, _ = load(config.model)
+        for site in config.record:
+            Layout.of(model).check(site)
     right = done = 0
     columns = (
         TextColumn("{task.description}"),
@@ -102,8 +108,6 @@ def sample_rollouts(config: RolloutsConfig) -> dict[str, Any]:
     if config.record:
         from neureasoner.probes.record import record_to  # heavy, and only needed here
 
-        if model is None:
-            model, _ = load(config.model)
         record_to(folder.path / "records", model, tokenizer, read_traces(folder.path / "traces.jsonl"), config.record)
     summary = folder.finish({"n": len(jobs), "accuracy": round(right / max(1, done), 4)})
     for part in parts:  # only now: a kill before this line costs nothing

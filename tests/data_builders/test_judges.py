@@ -139,3 +139,15 @@ def test_a_question_no_family_can_read_is_refused_before_any_sampling(tmp_path: 
     write_rows(tmp_path / "p.jsonl", [Problem("1", "words", 1, "What now?", "1")])
     with pytest.raises(UserError, match="not a story question"):
         sample_rollouts(RolloutsConfig(model="tiny", problems=str(tmp_path / "p.jsonl"), out=str(tmp_path / "r")))
+
+
+def test_recorded_sites_are_checked_first_and_then_written(tmp_path: Path, make_model, tiny_tokenizer) -> None:
+    make_model("qwen3").save_pretrained(tmp_path / "m")
+    tiny_tokenizer.save_pretrained(tmp_path / "m")
+    write_rows(tmp_path / "p.jsonl", make_problems(["words"], 2, "train", 0))
+    settings = {"model": str(tmp_path / "m"), "problems": str(tmp_path / "p.jsonl"), "max_new_tokens": 5}
+    with pytest.raises(UserError, match="layer 9"):
+        sample_rollouts(RolloutsConfig(out=str(tmp_path / "a"), record=["residual:9"], **settings))
+    assert not (tmp_path / "a/parts").exists()
+    sample_rollouts(RolloutsConfig(out=str(tmp_path / "a"), record=["head:1[0,2]", "logits"], **settings))
+    assert list((tmp_path / "a/records").iterdir())
