@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from neureasoner.errors import UserError
-from neureasoner.traces import INTER, INTRA, THINK_CLOSE, Problem, problem_from_dict, read_jsonl
+from neureasoner.traces import INTER, INTRA, THINK_CLOSE, Problem, problem_from_dict, read_records
 
 Span = tuple[int, int]
 
@@ -137,15 +137,7 @@ def reconstruction_from_dict(row: dict[str, Any]) -> Reconstruction:
 
 def read_reconstructions(path: str | Path) -> list[Reconstruction]:
     """Read ``train.jsonl``. Raises UserError with the line number of the first bad row, or for an empty file."""
-    rows = []
-    for number, row in read_jsonl(path):
-        try:
-            rows.append(reconstruction_from_dict(row))
-        except UserError as e:
-            raise UserError(f"{path}, line {number}: {e}") from None
-    if not rows:
-        raise UserError(f"{path}: holds no reconstructed traces")
-    return rows
+    return read_records(path, reconstruction_from_dict, "reconstructed traces")
 
 
 def paragraphs(text: str) -> list[Span]:

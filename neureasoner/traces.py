@@ -7,14 +7,15 @@ Offsets: a span is half open. Character offsets count in ``Trace.response``; tok
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from neureasoner.artifacts import write_text
 from neureasoner.errors import UserError
 
+R = TypeVar("R")
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 INTRA, INTER = "<INTRA>", "<INTER>"
 # What NoThinking adds to the prompt after the opened thinking (core.md §5.9).
@@ -176,7 +177,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def _read(path: str | Path, build: Any, what: str) -> list[Any]:
+def read_records(path: str | Path, build: Callable[[dict[str, Any]], R], what: str) -> list[R]:
+    """Read a jsonl file of records. Raises UserError with the line of the first bad row, or for an empty file."""
     rows = []
     for number, row in read_jsonl(path):
         try:
@@ -190,7 +192,7 @@ def _read(path: str | Path, build: Any, what: str) -> list[Any]:
 
 def read_problems(path: str | Path) -> list[Problem]:
     """Read a problem file (jsonl: id, family, difficulty, question, answer)."""
-    problems = _read(path, problem_from_dict, "problems")
+    problems = read_records(path, problem_from_dict, "problems")
     seen: set[str] = set()
     for p in problems:
         if p.id in seen:
@@ -201,7 +203,7 @@ def read_problems(path: str | Path) -> list[Problem]:
 
 def read_traces(path: str | Path) -> list[Trace]:
     """Read a trace file (jsonl, one Trace a line)."""
-    return _read(path, trace_from_dict, "traces")
+    return read_records(path, trace_from_dict, "traces")
 
 
 def write_rows(path: str | Path, rows: Iterable[Any]) -> None:

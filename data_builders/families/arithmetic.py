@@ -12,6 +12,7 @@ from neureasoner.data_builders.families.base import (
     Narration,
     Review,
     calculate,
+    check_key,
     equations,
     pick_checks,
     slow_check,
@@ -183,15 +184,8 @@ class Arithmetic:
             elif back:
                 r.error, r.quote, r.why = "hallucination", back[0], "there was no such expression before"
             free = text.startswith((SLOWLY, ROUGHLY))
-            if text.startswith("Let me check"):
-                r.key = ("check", "line")
-            elif text.startswith(SLOWLY):
-                r.key = ("check", "slow", *(str(q.text) for q in eqs[:1]))
-            elif text.startswith(ROUGHLY):
-                r.key = ("check", "rough")
-            elif text.startswith("Going back"):
-                r.key = ("check", "back")
-            elif text.startswith("Maybe"):
+            r.key = check_key(text, eqs)
+            if text.startswith("Maybe"):
                 r.key = ("route", text)
             for q in eqs:
                 bad = wrong_equation(q, None if free else known)

@@ -126,6 +126,14 @@ def wrong_equation(equation: Equation, known: set[int] | None) -> Review | None:
     return None
 
 
+def check_key(text: str, eqs: list[Equation]) -> tuple[Any, ...] | None:
+    """Identity of the check a paragraph makes (None: it makes none), for families whose answer is one number."""
+    if text.startswith(SLOWLY):
+        return ("check", "slow", *(q.text for q in eqs[:1]))
+    starts = {"Let me check": "line", ROUGHLY: "rough", "Going back": "back"}
+    return next((("check", kind) for start, kind in starts.items() if text.startswith(start)), None)
+
+
 def wrong_conclusion(text: str, eqs: list[Equation], r: Review) -> None:
     """Note a check whose conclusion is not what its last equation gave."""
     said = re.search(r"(?:So it is|It starts with) (-?\d+)", text)
@@ -140,7 +148,7 @@ def split_sum(a: int, op: str, b: int) -> list[str]:
         lines, value = [], a
         for p in parts(b):
             lines.append(write_equation(value, op, p))
-            value = a + 0 if calculate(value, op, p) is None else int(calculate(value, op, p) or 0)
+            value = int(calculate(value, op, p) or 0)
         return lines
     if op == "*":
         if b > a:

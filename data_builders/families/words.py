@@ -12,6 +12,7 @@ from neureasoner.data_builders.families.base import (
     Narration,
     Review,
     calculate,
+    check_key,
     equations,
     pick_checks,
     slow_check,
@@ -199,16 +200,7 @@ class Words:
             elif back:
                 r.error, r.quote, r.why = "hallucination", back[0], "there was no such total before"
             free = text.startswith((SLOWLY, ROUGHLY))
-            for start, key in (
-                ("Let me check", ("check", "line")),
-                (ROUGHLY, ("check", "rough")),
-                ("Going back", ("check", "back")),
-                ("Maybe", ("route",)),
-            ):
-                if text.startswith(start):
-                    r.key = key
-            if text.startswith(SLOWLY):
-                r.key = ("check", "slow", *(q.text for q in eqs[:1]))
+            r.key = ("route",) if text.startswith("Maybe") else check_key(text, eqs)
             for q in eqs:
                 bad = wrong_equation(q, None if free else known)
                 if bad and not r.error:
