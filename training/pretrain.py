@@ -46,7 +46,8 @@ def encode_corpus(examples: int, notes_share: float, seed: int, batch: int, toke
         )
         n = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
         ids = tokenizer(prompt + response + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-        rows.append({"input_ids": ids, "labels": [-100] * n + ids[n:]})
+        if len(ids) <= tokenizer.model_max_length:
+            rows.append({"input_ids": ids, "labels": [-100] * n + ids[n:]})
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(rows))
     pools = [order[i : i + 64 * batch] for i in range(0, len(order), 64 * batch)]

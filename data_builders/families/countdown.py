@@ -23,9 +23,12 @@ from neureasoner.data_builders.families.base import (
 from neureasoner.errors import UserError
 
 QUESTION = re.compile(r"Use ([\d, ]+?) and (\d+), each exactly once, with \+ - \* / to reach (\d+)\.")
-# (how many numbers, largest number, operators of the hidden solution, most failed attempts in a narration)
-GRADES = [(3, 9, "+-", 3), (3, 15, "+-*", 4), (3, 25, "+-*/", 5), (4, 9, "+-*", 6), (4, 15, "+-*/", 8)]
+# (how many numbers, largest number, operators of the hidden solution)
+GRADES = [(3, 9, "+-"), (3, 15, "+-*"), (3, 25, "+-*/"), (4, 9, "+-*"), (4, 15, "+-*/")]
 LARGEST = 999
+# In a narration each attempt is the last but for chance MISS: the same at every attempt, so that how long a search has
+# lasted says nothing about its end, and a reader of such texts has no reason to claim a hit because one is due.
+MISS, MOST_MISSES = 0.8, {3: 8, 4: 14}
 
 Chain = tuple[tuple[int, str, int], ...]
 
@@ -91,7 +94,7 @@ class Countdown:
     levels = len(GRADES)
 
     def generate(self, rng: Random, difficulty: int) -> tuple[str, str]:
-        n, top, ops, _ = GRADES[difficulty - 1]
+        n, top, ops = GRADES[difficulty - 1]
         while True:
             numbers = [rng.randint(2, top) for _ in range(n)]
             chain = self._random_chain(rng, numbers, ops)
@@ -171,13 +174,15 @@ class Countdown:
 
     def narrate(self, task: Target, rng: Random) -> Narration:
         n = len(task.numbers)
-        most = max(g[3] for g in GRADES if g[0] == n)
+        misses = 0
+        while misses < MOST_MISSES[n] and rng.random() < MISS:
+            misses += 1
         listed = ", ".join(map(str, task.numbers[:-1])) + f" and {task.numbers[-1]}"
         out = [rng.choice([f"I have {listed} and want {task.target}.", f"The goal is {task.target} from {listed}."])]
         openers = ["Try", "Maybe", "What about", "Next", "Now"]
         opened: set[Chain] = set()
         solved = {attempt_key([step]) for s in self.solutions(task) for step in s[:1]}
-        for chain in self.failed_attempts(task, rng, rng.randint(0, most)):
+        for chain in self.failed_attempts(task, rng, misses):
             first = attempt_key([chain[0]])
             if n > 3 and rng.random() < 0.2 and first not in solved and first not in opened:
                 opened.add(first)
