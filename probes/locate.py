@@ -186,7 +186,18 @@ def locate(config: LocateConfig) -> dict[str, Any]:
             out["levels"][level] = {"site": _site(kind, layer, chosen.indices), **asdict(chosen)}
             out["joint"][level] = _joint(bad["joint"], sizes["neuron"], config.neurons + config.heads)
             out["random"][level] = _controls(chosen, kind, layer, sizes[kind], config.seed, level)
+            shared = 2 * len(chosen.indices) - sizes[kind]
+            if shared > 0:
+                warnings.append(
+                    f"{level}: {len(chosen.indices)} of a block's {sizes[kind]} {kind}s are selected, so its random "
+                    f"control shares {shared} of them and says less; set '{kind}s' to at most {sizes[kind] // 2}"
+                )
             frequency[level] = (ranks(-bad[kind]) <= wanted).mean(axis=0)
+    for level, entry in out["levels"].items():
+        n = len(entry["indices"])
+        print(f"{level}: {n} {KIND[level]}s of block {layer}, from {entry['n_spans']} failing spans", flush=True)
+    for warning in warnings:
+        print(f"warning: {warning}", flush=True)
     if not out["levels"]:
         raise UserError("no neurons could be located: " + "; ".join(warnings))
     summary = {

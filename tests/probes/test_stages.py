@@ -173,6 +173,12 @@ def test_neurons_of_another_model_or_split_are_refused(work, make_model, tiny_to
         locate(locate_config(work, layer=2, out=str(tmp_path / "d")))
 
 
+def test_a_control_that_overlaps_the_selection_is_said_to(work, tmp_path, capsys):
+    done = locate(locate_config(work, heads=3, out=str(tmp_path / "neurons")))
+    assert done["warnings"] == [w for w in done["warnings"] if "shares 2 of them" in w and "'heads' to at most 2" in w]
+    assert len(done["warnings"]) == 1 and "warning: inter: 3 of a block's 4 heads" in capsys.readouterr().out
+
+
 def test_levels_without_failures_are_left_out_with_a_warning(work, tiny_tokenizer, tmp_path):
     traces = judged_traces(tiny_tokenizer, 30)
     for t in traces:
