@@ -27,8 +27,9 @@ QUESTION = re.compile(r"Use ([\d, ]+?) and (\d+), each exactly once, with \+ - \
 GRADES = [(3, 9, "+-"), (3, 15, "+-*"), (3, 25, "+-*/"), (4, 9, "+-*"), (4, 15, "+-*/")]
 LARGEST = 999
 # In a narration each attempt is the last but for chance MISS: the same at every attempt, so that how long a search has
-# lasted says nothing about its end, and a reader of such texts has no reason to claim a hit because one is due.
-MISS, MOST_MISSES = 0.8, {3: 8, 4: 14}
+# lasted says nothing about its end, and a reader of such texts has no reason to claim a hit because one is due. With
+# four numbers a search is longer; the most keeps it below 512 tokens.
+MISS, MOST_MISSES = {3: 0.88, 4: 0.9}, {3: 8, 4: 11}
 
 Chain = tuple[tuple[int, str, int], ...]
 
@@ -175,7 +176,7 @@ class Countdown:
     def narrate(self, task: Target, rng: Random) -> Narration:
         n = len(task.numbers)
         misses = 0
-        while misses < MOST_MISSES[n] and rng.random() < MISS:
+        while misses < MOST_MISSES[n] and rng.random() < MISS[n]:
             misses += 1
         listed = ", ".join(map(str, task.numbers[:-1])) + f" and {task.numbers[-1]}"
         out = [rng.choice([f"I have {listed} and want {task.target}.", f"The goal is {task.target} from {listed}."])]
