@@ -17,7 +17,7 @@ from typing import Any
 
 from neureasoner.data_builders.layouts import Reconstruction, Span
 from neureasoner.errors import UserError
-from neureasoner.traces import INTER, INTRA
+from neureasoner.traces import FINISHED, INTER, INTRA
 
 IGNORE = -100
 
@@ -89,6 +89,8 @@ def encode_row(
     response = row.response.removesuffix(eos)
     prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
     n_prompt = len(prompt_ids)
+    if row.level == "instance":  # the closing text is forced too, so it is context and no target
+        trigger_ids = {**trigger_ids, FINISHED: list(tokenizer(FINISHED, add_special_tokens=False).input_ids)}
     in_pieces = [t for t, wanted in trigger_ids.items() if len(wanted) > 1 and t in response]
     ids, spans = _tokenise(tokenizer, prompt + response + eos, len(prompt), in_pieces)
     if max_length is not None and len(ids) > max_length:

@@ -5,22 +5,21 @@ The criteria are those of core.md §1.3: the intra judge looks at local validity
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
-from neureasoner.data_builders.config import JudgeConfig
 from neureasoner.data_builders.families import Review, extract_answer, family, score
-from neureasoner.stages import StageFolder
-from neureasoner.traces import INTER, INTRA, InterLabel, IntraLabel, Labels, Problem, Trace, read_traces, write_rows
+from neureasoner.traces import INTER, INTRA, InterLabel, IntraLabel, Labels, Problem, Trace
 
 BLOCK_STARTS = (INTRA, INTER, "[FAILURE")
 MIN_LOOP = 3
+LONG_NUMBER = re.compile(r"\d{19,}")
 
 
 class Judge(Protocol):
-    """trace -> Labels. Implementations: ``ExactJudge`` here; a language model behind an API later."""
+    """trace -> Labels. Implementations: ``ExactJudge`` here, ``LLMJudge`` in llm_judges."""
 
     name: str
 
@@ -29,7 +28,11 @@ class Judge(Protocol):
 
 def review_steps(problem: Problem, texts: Sequence[str]) -> list[Review]:
     """Review every thinking paragraph. Trigger blocks are not reasoning and are passed over."""
-    shown = ["" if t.lstrip().startswith(BLOCK_STARTS) else t.strip() for t in texts]
+    # Numbers beyond 18 digits are made unreadable: int() refuses very long ones, and no honest step holds any.
+    shown = [
+        "" if t.lstrip().startswith(BLOCK_STARTS) else LONG_NUMBER.sub(lambda m: "#" * len(m[0]), t.strip())
+        for t in texts
+    ]
     f = family(problem.family)
     return f.review(f.parse(problem.question), shown)
 
@@ -130,21 +133,3 @@ def summarise(traces: Sequence[Trace]) -> dict[str, Any]:
         "overthinking_easiest": round(after / total, 4) if total else None,
         "tokens_mean": round(sum(len(t.response_ids) for t, _ in judged) / max(1, len(judged)), 1),
     }
-
-
-def judge_traces(config: JudgeConfig) -> dict[str, Any]:
-    """Stage ``data judge``. Writes traces.jsonl with labels and summary.json."""
-    from rich.progress import track
-
-    from neureasoner.artifacts import write_json
-
-    folder = StageFolder(config.out, "data judge", config, inputs=[config.traces])
-    if folder.done:
-        return folder.summary
-    traces, judge = read_traces(Path(config.traces)), ExactJudge()
-    for trace in track(traces, description="judging"):
-        trace.labels = judge.judge(trace)
-    summary = summarise(traces)
-    write_rows(folder.path / "traces.jsonl", traces)
-    write_json(folder.path / "summary.json", summary)
-    return folder.finish(summary)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from neureasoner.errors import UserError
-from neureasoner.traces import INTER, INTRA, THINK_CLOSE, Problem, problem_from_dict, read_records
+from neureasoner.traces import FINISHED, INTER, INTRA, THINK_CLOSE, Problem, problem_from_dict, read_records
 
 Span = tuple[int, int]
 
@@ -39,11 +39,12 @@ ERROR_TYPES = (
 LOOP_LENGTHS = (3, 4, 5)
 LOOP_THEMES = ("mod_checks", "bounds", "symmetry_observations", "equivalent_reformulations")
 STYLE = "LRM_natural_first_person"
-LEVELS = ("intra", "inter", "plain")
+LEVELS = ("intra", "inter", "instance", "plain")
 
-_TRIGGER_LIKE = re.compile(r"<\s*/?\s*(INTRA|INTER)\s*/?\s*>", re.IGNORECASE)
-_FAILURE_LIKE = re.compile(r"\[\s*FAILURE\w*\s*\]?", re.IGNORECASE)
-_BLANK = re.compile(r"\n[ \t]*\n\s*")
+# No two quantifiers that can share white space: hostile text of a megabyte must be read in linear time.
+_TRIGGER_LIKE = re.compile(r"<\s*(?:/\s*)?(INTRA|INTER)\s*(?:/\s*)?>", re.IGNORECASE)
+_FAILURE_LIKE = re.compile(r"\[\s*+FAILURE\w*+\s*+\]?", re.IGNORECASE)
+_BLANK = re.compile(r"\n[ \t]*+\n\s*+")
 
 
 class LayoutError(ValueError):
@@ -95,8 +96,8 @@ class Reconstruction:
 
     ``failure_span`` covers the wrong step or the loop without the separator that closes it; ``trigger_span`` the
     trigger alone; ``block_span`` trigger and block. All count in ``response`` and are None for ``level == "plain"``,
-    the rows left untouched. ``response`` holds no EOS. ``prompt`` is the bare question. ``control`` holds the sampled
-    fields of §1.8.
+    the rows left untouched; a row of level ``instance`` has a trigger only, the text that closes its thinking early.
+    ``response`` holds no EOS. ``prompt`` is the bare question. ``control`` holds the sampled fields of §1.8.
     """
 
     id: str
@@ -129,7 +130,7 @@ def reconstruction_from_dict(row: dict[str, Any]) -> Reconstruction:
     if row["level"] not in LEVELS:
         raise UserError(f"level {row['level']!r} is not one of {', '.join(LEVELS)}")
     trigger = spans["trigger_span"]
-    expected = {"intra": INTRA, "inter": INTER}.get(row["level"])
+    expected = {"intra": INTRA, "inter": INTER, "instance": FINISHED}.get(row["level"])
     if (trigger is None) != (expected is None):
         raise UserError(f"a row of level {row['level']} must {'not ' if expected is None else ''}have a trigger_span")
     return Reconstruction(**{**row, **spans, "problem": problem_from_dict(row["problem"])})

@@ -53,6 +53,16 @@ def write_text(path: str | Path, text: str) -> None:
     _atomic(path, lambda tmp: Path(tmp).write_text(text, encoding="utf-8"))  # type: ignore[arg-type,return-value]
 
 
+def write_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """Write lines (each with its newline) as they come, atomically; memory holds one."""
+
+    def write(tmp: str) -> None:
+        with open(tmp, "w", encoding="utf-8") as f:
+            f.writelines(lines)
+
+    _atomic(path, write)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

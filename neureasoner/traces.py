@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from neureasoner.artifacts import write_text
+from neureasoner.artifacts import write_lines
 from neureasoner.errors import UserError
 
 R = TypeVar("R")
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 INTRA, INTER = "<INTRA>", "<INTER>"
+# What closes the thinking of an easy question (core.md §1.10). The original NoThinking sentence has "I think" in it.
+FINISHED = f"Okay, I have finished thinking.\n{THINK_CLOSE}\n\n"
 # What NoThinking adds to the prompt after the opened thinking (core.md §5.9).
 NO_THINKING = f"Okay, I think I have finished thinking.\n{THINK_CLOSE}\n\n"
 
@@ -207,5 +209,6 @@ def read_traces(path: str | Path) -> list[Trace]:
 
 
 def write_rows(path: str | Path, rows: Iterable[Any]) -> None:
-    """Write dataclass instances as jsonl, atomically."""
-    write_text(path, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rows))
+    """Write dataclass instances or mappings as jsonl, atomically, one after the other as they come."""
+    values = (asdict(r) if is_dataclass(r) and not isinstance(r, type) else r for r in rows)
+    write_lines(path, (json.dumps(v, ensure_ascii=False) + "\n" for v in values))

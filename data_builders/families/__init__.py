@@ -9,6 +9,8 @@ from neureasoner.data_builders.families.words import Words
 from neureasoner.errors import UserError
 from neureasoner.traces import Problem
 
+LONGEST_ANSWER = 200  # characters
+
 FAMILIES: dict[str, Family] = {f.name: f for f in (Arithmetic(), Countdown(), Words())}
 
 
@@ -20,8 +22,9 @@ def family(name: str) -> Family:
 
 
 def score(problem: Problem, given: str | None) -> bool:
-    """Grade a final answer with the family's own scorer. A missing answer is wrong."""
-    return given is not None and family(problem.family).score(problem.question, problem.answer, given)
+    """Grade a final answer with the family's own scorer. A missing answer is wrong, and so is an absurdly long one."""
+    fits = given is not None and len(given) <= LONGEST_ANSWER
+    return fits and family(problem.family).score(problem.question, problem.answer, str(given))
 
 
 __all__ = ["FAMILIES", "Family", "Narration", "Review", "extract_answer", "family", "score"]

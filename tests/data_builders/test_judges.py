@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from neureasoner.data_builders.config import JudgeConfig, ProblemsConfig, RolloutsConfig
-from neureasoner.data_builders.judges import ExactJudge, find_loop, judge_traces
+from neureasoner.data_builders.judges import ExactJudge, find_loop
+from neureasoner.data_builders.judging import judge_traces
 from neureasoner.data_builders.problem_file import build_problems, make_problems
 from neureasoner.data_builders.rollouts import build_trace, sample_rollouts
 from neureasoner.errors import UserError
@@ -51,6 +52,22 @@ def test_first_wrong_step_has_its_span_and_the_answer_its_place(tiny_tokenizer) 
     a, b = labels.intra.span
     assert t.response[a:b] == labels.intra.first_error_step == "8 + 4 = 11"
     assert labels.answer_token == t.steps[2].token_end
+
+
+@pytest.mark.parametrize(
+    "family, question",
+    [
+        ("words", "Mia has 3 pens. Mia finds 2 more. How many pens does Mia have now?"),
+        ("arithmetic", "Calculate 2 + 3."),
+        ("countdown", QUESTION),
+    ],
+)
+def test_numbers_too_long_to_read_are_no_crash(tiny_tokenizer, family, question) -> None:
+    long = "7" * 5000
+    said = f"Now {long} + 1 = {long}. Now it is {long}.\n\nBack to {long}. The answer is {long}."
+    t = trace(tiny_tokenizer, [said, f"Written out: {long}. That gives {long}."], f"\\boxed{{{long}}}")
+    t.problem = Problem("x", family, 1, question, "5")
+    assert not ExactJudge().judge(t).correct
 
 
 def test_an_unfinished_trace_is_wrong(tiny_tokenizer) -> None:

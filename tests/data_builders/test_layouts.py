@@ -216,3 +216,9 @@ def test_a_file_without_rows_is_refused(tmp_path: Path) -> None:
 
 def test_triggers_are_the_shared_ones() -> None:
     assert (IntraBlock.trigger, InterBlock.trigger) == (INTRA, INTER)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("hostile", ["<" + " " * 200_000, "[" + " " * 200_000, "\n" + " " * 200_000, "\n " * 100_000])
+def test_hostile_white_space_is_read_in_linear_time(hostile):
+    assert validate_intra(["a"], hostile, lambda text: True)
