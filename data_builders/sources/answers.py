@@ -1,0 +1,106 @@
+r"""Final answers as text: where they stand, and the comparisons that need no algebra.
+
+What is decided here is what cannot be wrong: equal text, two whole numbers, two option letters. Everything else goes to
+math-verify (``verifier.py``).
+"""
+
+from __future__ import annotations
+
+import re
+
+_BRACES = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\(?:boxed|fbox)\s*(?P<bare>[^\s$\\{}]+)|\\.|[{}]", re.DOTALL)
+_HASHES = re.compile(r"(?:^|\n)####[ \t]*([^\s#][^\n]*?)\s*\Z")
+_DROPPED = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;:! ]|[\s$~]|\\[()\[\]]")
+_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textrm)\{([^{}]*)\}")
+_WHOLE = re.compile(r"[-+]?(?:\d{1,3}(?:(?:,|\{,\})\d{3})+|\d+)(?:\.0*)?")
+_LETTER = re.compile(r"\(?([A-J])\)?[.:]?")
+# In running text only capitals, and no I: "the answer is a number", "the answer is, I think, 5" name no option.
+_SAID = re.compile(
+    r"(?i:answer|option|choice)\s*(?i:is|:)?\s*(?i:option\s+|choice\s+)?[*_\s]*\(?([A-H])\)?[*_]*(?![\w(])"
+)
+MAX_ANSWER = 2000  # characters; longer "answers" are not answers
+TAIL = 600  # characters at the end of an answer part in which an unboxed answer is looked for
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last ``\boxed`` whose braces balance; a bare ``\boxed 5`` gives ``5``. Linear in the text."""
+    start, found = -1, None
+    opened: list[int] = []  # where the content of each open group begins if it is a box, else -1
+    for match in _BRACES.finditer(text):
+        if match["box"]:
+            opened.append(match.end())
+        elif match["bare"]:
+            start, found = match.end(), match["bare"]
+        elif match[0] == "{":
+            opened.append(-1)
+        elif match[0] == "}" and opened and (begin := opened.pop()) > start:
+            start, found = begin, text[begin : match.start()].strip()
+    return found
+
+
+def gold_of_chain(text: str) -> str | None:
+    """What follows ``####`` in the last line, as GSM8K writes it. Elsewhere ``####`` is a heading."""
+    found = _HASHES.search(text[-TAIL:])
+    return found[1] if found else None
+
+
+def final_answer(solution: str) -> tuple[str, bool]:
+    r"""What a response answers, and whether it was marked as the answer.
+
+    The last ``\boxed``, else what follows ``####``, else the end of the text, in which a verifier may look for an
+    expression (then it is not marked).
+    """
+    boxed = last_boxed(solution)
+    if boxed is not None:
+        return boxed, True
+    hashed = gold_of_chain(solution)
+    if hashed is not None:
+        return hashed, True
+    return solution.rstrip()[-TAIL:], False
+
+
+def gold_answer(text: str) -> str:
+    """The gold answer of a cell: what is boxed or follows ``####``, else all of it."""
+    return last_boxed(text) or gold_of_chain(text) or text.strip()
+
+
+def plain(answer: str) -> str:
+    r"""The answer without spacing, dollar signs, ``\text`` wrappers and a final full stop."""
+    previous = None
+    while previous != answer:
+        previous, answer = answer, _WRAPPED.sub(r"\1", answer)
+    answer = _DROPPED.sub("", answer.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac"))
+    return answer.rstrip(".")
+
+
+def whole_number(answer: str) -> int | None:
+    """The value of a whole number (``1,234``, ``27.0``); None for anything else."""
+    text = plain(answer)
+    if len(text) > 40 or not _WHOLE.fullmatch(text):
+        return None
+    return int(re.sub(r"[,{}]", "", text).split(".")[0])
+
+
+def option_letter(answer: str, boxed: bool = True) -> str | None:
+    """The option an answer names: ``B``, ``(B)``, ``\\text{B}``; in running text, ``the answer is B``."""
+    match = _LETTER.fullmatch(plain(answer))
+    if match:
+        return match[1]
+    if boxed:
+        return None
+    said = _SAID.findall(answer)
+    return said[-1] if said else None
+
+
+def quick(gold: str, predicted: str, boxed: bool) -> bool | None:
+    """Equal (True), different (False), or undecided without algebra (None)."""
+    if max(len(gold), len(predicted)) > MAX_ANSWER:
+        return None
+    if boxed and plain(gold) and plain(gold) == plain(predicted):
+        return True
+    letter = option_letter(gold)
+    if letter is not None:
+        named = option_letter(predicted, boxed)
+        return None if named is None else named == letter
+    a, b = whole_number(gold), whole_number(predicted)
+    return None if a is None or b is None else a == b

@@ -1,0 +1,102 @@
+"""Where answers stand, and what is decided without algebra."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from neureasoner.data_builders.sources.answers import (
+    final_answer,
+    gold_answer,
+    last_boxed,
+    option_letter,
+    quick,
+    whole_number,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"so \boxed{5}", "5"),
+        (r"\boxed{1} then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{ \{1, 2\} }", r"\{1, 2\}"),
+        (r"\boxed 7", "7"),
+        (r"\fbox{x}", "x"),
+        (r"\boxed{open", None),
+        (r"\boxed{4} and \boxed{open", "4"),
+        (r"\boxed{a {b} \} c}", r"a {b} \} c"),
+        (r"\boxed{1} \boxed {2}", "2"),
+        (r"\boxed{out \boxed{in}}", "in"),
+        ("none", None),
+    ],
+)
+def test_last_boxed(text: str, content: str | None) -> None:
+    assert last_boxed(text) == content
+
+
+def test_final_answers() -> None:
+    assert final_answer(r"It is \boxed{5}.") == ("5", True)
+    assert final_answer("So 72.\n#### 72") == ("72", True)
+    assert final_answer("It is 5 apples.") == ("It is 5 apples.", False)
+    assert final_answer("#### Step one\n\nIt is 5.")[1] is False  # a heading
+    assert gold_answer(r"Because of this \boxed{5}") == "5" and gold_answer(" 5 ") == "5"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("27", 27), ("27.0", 27), ("-1,234", -1234), ("$12$", 12), (r"5,\!400", 5400), ("1{,}000", 1000), ("12.", 12)],
+)
+def test_whole_numbers(text: str, value: int) -> None:
+    assert whole_number(text) == value
+
+
+@pytest.mark.parametrize("text", ["1,2", "0.5", "x", "", "12 apples", "1/2", "9" * 50, "12,34"])
+def test_not_whole_numbers(text: str) -> None:
+    assert whole_number(text) is None
+
+
+@given(st.integers(-(10**12), 10**12))
+def test_whole_numbers_in_any_writing(n: int) -> None:
+    for text in (str(n), f"{n:,}", f"{n}.0", f"${n}$", f"\\text{{{n}}}"):
+        assert whole_number(text) == n
+
+
+@pytest.mark.parametrize(
+    ("text", "boxed", "letter"),
+    [
+        ("B", True, "B"),
+        ("(B)", True, "B"),
+        (r"\text{(B)}", True, "B"),
+        (r"\textbf{C}", True, "C"),
+        ("The answer is (D).", False, "D"),
+        ("The correct option is **B**", False, "B"),
+        ("Answer: A", False, "A"),
+        ("The answer is a number", False, None),
+        ("The answer is 5", False, None),
+        ("The answer is, I think, 5", False, None),
+        ("The answer is Bob", False, None),
+        ("BC", True, None),
+    ],
+)
+def test_option_letters(text: str, boxed: bool, letter: str | None) -> None:
+    assert option_letter(text, boxed) == letter
+
+
+@pytest.mark.parametrize(
+    ("gold", "predicted", "boxed", "same"),
+    [
+        ("27.0", "27", True, True),
+        ("27", "28", True, False),
+        ("B", r"\text{(B)}", True, True),
+        ("B", "The answer is C.", False, False),
+        ("B", "I cannot say", False, None),
+        (r"\text{Evelyn}", "Evelyn", True, True),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\dfrac{\pi}{2})", True, True),
+        ("1/2", "0.5", True, None),
+        ("5", "It is 5.", False, None),
+    ],
+)
+def test_quick(gold: str, predicted: str, boxed: bool, same: bool | None) -> None:
+    assert quick(gold, predicted, boxed) is same
