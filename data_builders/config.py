@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from neureasoner.data_builders.inspect_config import InspectConfig
 from neureasoner.errors import UserError
@@ -60,17 +61,37 @@ class RolloutsConfig:
             raise UserError(f"key 'top_p' must lie in (0, 1], got {self.top_p}")
 
 
+def check_judge(name: str, endpoint: dict[str, Any], key: str, known: tuple[str, ...] = ("exact", "llm")) -> None:
+    """``exact`` needs nothing; ``llm`` needs an endpoint with a model. Raises UserError."""
+    if name not in known:
+        raise UserError(f"key '{key}': unknown {key} '{name}'; known: {', '.join(known)}")
+    if name == "llm" and not endpoint.get("model"):
+        raise UserError(f"key 'endpoint' must name the model of the {key}, as in --endpoint model=NAME,base_url=URL")
+    if name == "exact" and endpoint:
+        raise UserError(f"key 'endpoint' is for {key} llm; the exact {key} asks nobody")
+
+
 @dataclass
 class JudgeConfig:
     """Label traces: first wrong step, loop, answer position, correctness."""
 
     traces: str = field(metadata={"help": "traces.jsonl to judge"})
     out: str = field(metadata={"help": "folder to write the judged traces.jsonl and summary.json into"})
-    judge: str = field(default="exact", metadata={"help": "which judge; 'exact' recomputes every claim"})
+    judge: str = field(
+        default="exact", metadata={"help": "exact recomputes every claim (embedded families); llm asks a model"}
+    )
+    endpoint: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "for judge llm: model=…,base_url=…,max_cost=…,ledger=… (docs/data.md)"}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "say what the judge llm will cost, and stop"})
+    probe: int = field(default=0, metadata={"help": "with dry_run: ask so many questions for real, to measure"})
+    batch: bool = field(default=False, metadata={"help": "use the Batch API (half the price, within a day)"})
+    compare: str = field(default="", metadata={"help": "the same traces judged by another: say how far they agree"})
 
     def __post_init__(self) -> None:
-        if self.judge != "exact":
-            raise UserError(f"key 'judge': unknown judge '{self.judge}'; known: exact")
+        check_judge(self.judge, self.endpoint, "judge")
+        if self.probe < 0:
+            raise UserError(f"key 'probe' must not be negative, got {self.probe}")
 
 
 @dataclass
@@ -82,15 +103,29 @@ class ReconstructConfig:
     corpus: int = field(default=0, metadata={"help": "also use so many traces of the tiny reasoner's corpus"})
     intra: float = field(default=0.6, metadata={"help": "share of references given an intra variant"})
     inter: float = field(default=0.3, metadata={"help": "share of references given an inter variant"})
+    instance: float = field(
+        default=0.0, metadata={"help": "share of references whose thinking is closed early; for models that need it"}
+    )
     plain: float = field(default=0.2, metadata={"help": "share of references kept untouched as rows of their own"})
     control_arm: bool = field(
         default=False, metadata={"help": "write the same rows without failure and block (tests distillation)"}
     )
     seed: int = field(default=0, metadata={"help": "seed of the choice of failures"})
+    references: str = field(default="", metadata={"help": "references.jsonl of data import"})
+    rewriter: str = field(default="exact", metadata={"help": "exact computes (embedded families); llm asks a model"})
+    endpoint: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "for rewriter llm: model=…,base_url=…,max_cost=… (docs/data.md)"}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "say what the rewriter llm will cost, and stop"})
+    probe: int = field(default=0, metadata={"help": "with dry_run: ask so many questions for real, to measure"})
+    batch: bool = field(default=False, metadata={"help": "use the Batch API (half the price, within a day)"})
 
     def __post_init__(self) -> None:
-        if not self.traces and not self.corpus:
-            raise UserError("reconstruct needs references: give 'traces' (judged) or 'corpus' (a number)")
-        for key in ("intra", "inter", "plain"):
+        if not self.traces and not self.corpus and not self.references:
+            raise UserError(
+                "reconstruct needs references: give 'traces' (judged), 'references' (imported) or 'corpus' (a number)"
+            )
+        check_judge(self.rewriter, self.endpoint, "rewriter")
+        for key in ("intra", "inter", "instance", "plain"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"key '{key}' is a share and must lie in [0, 1], got {getattr(self, key)}")

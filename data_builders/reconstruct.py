@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from random import Random
 from typing import Any
 
@@ -11,12 +11,12 @@ from neureasoner.artifacts import write_json, write_text
 from neureasoner.data_builders.config import ReconstructConfig
 from neureasoner.data_builders.corpus import traces
 from neureasoner.data_builders.families import FAMILIES
-from neureasoner.data_builders.judges import BLOCK_STARTS
+from neureasoner.data_builders.judges import BLOCK_STARTS, review_steps
 from neureasoner.data_builders.layouts import Reconstruction
 from neureasoner.data_builders.rewriters import ExactRewriter, Reference, Rejected, Rewriter, reference_from
 from neureasoner.errors import UserError
 from neureasoner.stages import StageFolder
-from neureasoner.traces import Problem, read_traces, write_rows
+from neureasoner.traces import FINISHED, NO_THINKING, THINK_CLOSE, Problem, read_traces, write_rows
 
 
 def references(config: ReconstructConfig) -> Iterator[Reference]:
@@ -28,8 +28,8 @@ def references(config: ReconstructConfig) -> Iterator[Reference]:
                 raise UserError(
                     f"{config.traces}: trace '{trace.id}' has no labels; run `neureasoner data judge` first"
                 )
-            if any(mark in trace.response for mark in BLOCK_STARTS):
-                continue  # the model wrote a trigger by itself: no untouched reference
+            if any(mark in trace.response for mark in (*BLOCK_STARTS, FINISHED, NO_THINKING)):
+                continue  # the model wrote a trigger or closing text by itself: no untouched reference
             if labels.correct and not labels.intra.has_error and not labels.inter.is_stagnant:
                 # Everything up to the end token, which belongs to the tokenizer and not to the text.
                 text = trace.response[: trace.response.rindex("}") + 1] + "."
@@ -37,31 +37,51 @@ def references(config: ReconstructConfig) -> Iterator[Reference]:
                     yield reference_from(trace.id, trace.problem, text, "rollout")
                 except Rejected:
                     continue
+    if config.references:
+        from neureasoner.data_builders.sources.rows import read_sources
+
+        for row in read_sources(config.references):
+            try:
+                yield row.reference()
+            except Rejected:
+                continue
     names = list(FAMILIES)
     for i, (question, response) in enumerate(traces(config.seed + 7919, config.corpus, no_thinking=0.0)):
         name = names[i % len(names)]
         yield reference_from(f"corpus-{i}", Problem(f"corpus-{i}", name, 0, question, ""), response, "corpus")
 
 
-def make_rows(
-    refs: Iterator[Reference], rewriter: Rewriter, config: ReconstructConfig
-) -> tuple[list[Reconstruction], list[dict[str, str]]]:
-    """Rows and rejections. A pure function of the references, the rewriter and the settings."""
-    rng, rows, rejected = Random(config.seed), list[Reconstruction](), list[dict[str, str]]()
+def variants(refs: Iterable[Reference], config: ReconstructConfig) -> Iterator[tuple[Reference, str, Random]]:
+    """What to make of each reference: (reference, level, randomness); the choice is a function of seed and id."""
     for ref in refs:
-        for level, share, write in (("intra", config.intra, rewriter.intra), ("inter", config.inter, rewriter.inter)):
-            if rng.random() >= share:
+        rng = Random(f"{config.seed}-{ref.id}")
+        for level, share in (
+            ("intra", config.intra),
+            ("inter", config.inter),
+            ("plain", config.plain),
+            ("instance", config.instance),
+        ):
+            if share and rng.random() < share:
+                yield ref, level, rng
+
+
+def make_rows(
+    refs: Iterable[Reference], rewriter: Rewriter, config: ReconstructConfig, rejected: list[dict[str, str]]
+) -> Iterator[Reconstruction]:
+    """Rows, in the order of the references; what is rejected is added to ``rejected`` with its reason."""
+    for ref, level, rng in variants(refs, config):
+        if level == "plain":
+            yield plain(ref)
+            continue
+        try:
+            if level == "instance":
+                yield closed(ref, rng)
                 continue
-            try:
-                row = write(ref, rng)
-            except Rejected as e:
-                rejected.append({"id": ref.id, "level": level, "reason": str(e)})
-                continue
-            rows.append(without_failure(row, ref) if config.control_arm else row)
-        if rng.random() < config.plain:
-            rows.append(plain(ref))
-    rng.shuffle(rows)
-    return rows, rejected
+            row = rewriter.intra(ref, rng) if level == "intra" else rewriter.inter(ref, rng)
+        except Rejected as e:
+            rejected.append({"id": ref.id, "level": level, "reason": str(e)})
+            continue
+        yield without_failure(row, ref) if config.control_arm else row
 
 
 def plain(ref: Reference) -> Reconstruction:
@@ -69,6 +89,25 @@ def plain(ref: Reference) -> Reconstruction:
     return Reconstruction(
         f"{ref.id}/plain", ref.problem, "plain", ref.problem.question, ref.response,
         reference_id=ref.id, source=ref.source,
+    )  # fmt: skip
+
+
+def closed(ref: Reference, rng: Random) -> Reconstruction:
+    """The reference with its thinking closed early by the text that the instance rule forces; answer untouched.
+
+    Large models answer well from there by themselves (core.md §5.9); the embedded one has to be shown. Where the
+    thinking is a search it is closed after the solution only: a right answer before it would be a guess. Raises
+    Rejected when nothing would be cut off.
+    """
+    solved = [i for i, r in enumerate(review_steps(ref.problem, ref.paragraphs)) if r.solves]
+    first = solved[0] + 1 if ref.problem.family == "countdown" and solved else 2
+    if first > len(ref.paragraphs) - 2:
+        raise Rejected("too short to close early")
+    head = "".join(p + "\n\n" for p in ref.paragraphs[: rng.randint(first, min(first + 3, len(ref.paragraphs) - 2))])
+    answer = ref.ending.replace(THINK_CLOSE, "", 1).strip()
+    return Reconstruction(
+        f"{ref.id}/instance", ref.problem, "instance", ref.problem.question, head + FINISHED + answer,
+        trigger_span=(len(head), len(head) + len(FINISHED)), reference_id=ref.id, source=ref.source,
     )  # fmt: skip
 
 
@@ -82,26 +121,152 @@ def without_failure(row: Reconstruction, ref: Reference) -> Reconstruction:
 
 
 def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
-    """Stage ``data reconstruct``."""
-    import json
+    """Stage ``data reconstruct``. Writes train.jsonl, rejected.jsonl, summary.json and the card README.md.
 
-    folder = StageFolder(config.out, "data reconstruct", config, inputs=[config.traces] if config.traces else [])
+    With the rewriter ``llm`` every answer is kept in a ledger and paid for once. Raises UserError when no row was made.
+    """
+    if config.dry_run:
+        return _dry_run(config)
+    settings: Any = config
+    if config.rewriter == "llm":
+        from neureasoner.data_builders.asking import stage_settings
+
+        settings = stage_settings(config)
+    inputs = [p for p in (config.traces, config.references) if p]
+    folder = StageFolder(config.out, "data reconstruct", settings, inputs=inputs)
     if folder.done:
         return folder.summary
-    rows, rejected = make_rows(references(config), ExactRewriter(), config)
-    if not rows:
-        raise UserError("reconstruct: no reference could be used; need correct traces without a wrong step or a loop")
+    rejected: list[dict[str, str]] = []
+    counts: dict[str, Counter[str]] = {"levels": Counter(), "kinds": Counter(), "sources": Counter()}
+    more: dict[str, Any] = {}
+    if config.rewriter == "llm":
+        rows = _asked_rows(config, rejected, more)
+    else:
+        rows = make_rows(references(config), ExactRewriter(), config, rejected)
+
+    def counted() -> Iterator[Reconstruction]:
+        for row in rows:
+            counts["levels"][row.level] += 1
+            counts["kinds"][str(row.control.get("error_type", row.control.get("loop_theme", "-")))] += 1
+            counts["sources"][row.source] += 1
+            yield row
+        if not counts["levels"]:
+            raise UserError(
+                "reconstruct: no reference could be used; need correct traces without a wrong step or a loop "
+                f"({len(rejected)} rejected: {dict(Counter(r['reason'] for r in rejected).most_common(3))})"
+            )
+
+    write_rows(folder.path / "train.jsonl", counted())
+    write_rows(folder.path / "rejected.jsonl", rejected)
     summary: dict[str, Any] = {
-        "rows": len(rows),
-        "levels": dict(Counter(r.level for r in rows)),
-        "kinds": dict(Counter(str(r.control.get("error_type", r.control.get("loop_theme", "-"))) for r in rows)),
-        "sources": dict(Counter(r.source for r in rows)),
+        "rows": sum(counts["levels"].values()),
+        **{k: dict(v) for k, v in counts.items()},
         "rejected": len(rejected),
         "rejected_reasons": dict(Counter(r["reason"] for r in rejected).most_common(10)),
+        "rewriter": config.rewriter,
         "seed": config.seed,
+        **more,
     }
-    write_rows(folder.path / "train.jsonl", rows)
-    write_text(folder.path / "rejected.jsonl", "".join(json.dumps(r) + "\n" for r in rejected))
     write_json(folder.path / "summary.json", summary)
-    print(f"{len(rows)} rows: {summary['levels']}, {len(rejected)} rejected")
+    write_text(folder.path / "README.md", card(summary))
+    print(f"{summary['rows']} rows: {summary['levels']}, {len(rejected)} rejected")
     return folder.finish(summary)
+
+
+def _llm(config: ReconstructConfig) -> tuple[Any, Any]:
+    from neureasoner.data_builders.asking import Endpoint
+    from neureasoner.data_builders.llm_judges import CallSettings
+    from neureasoner.data_builders.llm_rewriters import LLMRewriter
+
+    endpoint = Endpoint(config.endpoint, config.out, "rewriting")
+    return endpoint, LLMRewriter(CallSettings(endpoint.config.model, endpoint.config.params()), endpoint.ask)
+
+
+def _questions(
+    config: ReconstructConfig,
+    rewriter: Any,
+    rejected: list[dict[str, str]],
+    waiting: deque[tuple[Reference | Reconstruction, str]],
+) -> Iterator[Any]:
+    """One question for every variant that needs the model. ``waiting``: each variant not rejected, in order.
+
+    Control fields are balanced over the references of a level, in their order.
+    """
+    from neureasoner.data_builders.llm_rewriters import controls
+
+    made: Counter[str] = Counter()
+    for ref, level, rng in variants(references(config), config):
+        if level in ("plain", "instance"):
+            try:
+                waiting.append((plain(ref) if level == "plain" else closed(ref, rng), ""))
+            except Rejected as e:
+                rejected.append({"id": ref.id, "level": level, "reason": str(e)})
+            continue
+        fields = controls(level, made[level], config.seed)
+        try:
+            write = rewriter.intra_question if level == "intra" else rewriter.inter_question
+            question = write(ref, rng, fields)
+        except Rejected as e:
+            rejected.append({"id": ref.id, "level": level, "reason": str(e)})
+            continue
+        made[level] += 1
+        waiting.append((ref, level))
+        yield question
+
+
+def _asked_rows(
+    config: ReconstructConfig, rejected: list[dict[str, str]], more: dict[str, Any]
+) -> Iterator[Reconstruction]:
+    from neureasoner.data_builders.llm_judges import prompts_hash
+
+    endpoint, rewriter = _llm(config)
+    if config.batch:
+        endpoint.batch(lambda: _questions(config, rewriter, [], deque()))
+    waiting: deque[tuple[Reference | Reconstruction, str]] = deque()  # filled by the thread that draws the questions
+    for outcome in endpoint.ask(_questions(config, rewriter, rejected, waiting)):
+        # Rows that need no model stand between the asked ones; the order is that of the references.
+        while isinstance((variant := waiting.popleft())[0], Reconstruction):
+            yield variant[0]
+        ref, level = variant
+        assert isinstance(ref, Reference)
+        assert outcome.id == f"{ref.id}/{level}"
+        if outcome.value is None:
+            reason = outcome.problems[-1] if outcome.problems else "no answer"
+            rejected.append({"id": ref.id, "level": level, "reason": reason})
+        else:
+            yield without_failure(outcome.value, ref) if config.control_arm else outcome.value
+    yield from (row for row, _ in waiting if isinstance(row, Reconstruction))
+    more |= {"rewriter": rewriter.name, "prompts": prompts_hash(), "bill": endpoint.tally.summary()}
+
+
+def _dry_run(config: ReconstructConfig) -> dict[str, Any]:
+    if config.rewriter == "exact":
+        raise UserError("key 'dry_run' is for rewriter llm; the exact rewriter costs nothing")
+    endpoint, rewriter = _llm(config)
+    return dict(endpoint.forecast(_questions(config, rewriter, [], deque()), config.probe))
+
+
+def card(summary: dict[str, Any]) -> str:
+    """What stands in the folder, for whoever finds it (Markdown)."""
+    lines = [
+        "# Trigger-training data",
+        "",
+        f"{summary['rows']} rows in `train.jsonl`, made by `{summary['rewriter']}`.",
+    ]
+    for key, title in (("levels", "Levels"), ("kinds", "Kinds"), ("sources", "Sources")):
+        lines += ["", f"## {title}", "", "| | rows |", "|---|---|"]
+        lines += [f"| {name} | {n} |" for name, n in sorted(summary[key].items())]
+    share = summary["rejected"] / max(1, summary["rows"] + summary["rejected"])
+    lines += ["", f"## Rejected: {summary['rejected']} ({share:.1%})", ""]
+    lines += [f"- {n} × {reason}" for reason, n in summary["rejected_reasons"].items()]
+    if "bill" in summary:
+        bill = summary["bill"]
+        cost = "unknown" if bill["cost"] is None else f"{bill['cost']:.4f} USD"
+        lines += [
+            "",
+            "## Cost of this run",
+            "",
+            f"{bill['calls']} calls, {bill['input_tokens']} input and {bill['output_tokens']} output tokens, {cost}; "
+            f"{bill['from_ledger']} answers from the ledger. Prompts: `{summary['prompts'][:16]}`.",
+        ]
+    return "\n".join(lines) + "\n"

@@ -7,17 +7,20 @@ from pathlib import Path
 import pytest
 
 from neureasoner.data_builders.config import ReconstructConfig
+from neureasoner.data_builders.encoding import IGNORE, encode_row, prompt_text, trigger_ids
 from neureasoner.data_builders.families import extract_answer, score
+from neureasoner.data_builders.judges import review_steps
 from neureasoner.data_builders.layouts import parse
 from neureasoner.data_builders.reconstruct import make_rows, reconstruct, references
 from neureasoner.data_builders.rewriters import ExactRewriter
-from neureasoner.traces import INTER, INTRA
+from neureasoner.traces import FINISHED, INTER, INTRA
 
 
 @pytest.fixture(scope="module")
 def rows():
     config = ReconstructConfig(out="-", corpus=240, intra=1, inter=1, plain=0.5, seed=4)
-    return make_rows(references(config), ExactRewriter(), config)
+    rejected = []
+    return list(make_rows(references(config), ExactRewriter(), config, rejected)), rejected
 
 
 def test_every_level_and_family_occurs(rows) -> None:
@@ -46,7 +49,7 @@ def test_one_trigger_at_its_span_and_the_right_answer(rows) -> None:
 
 def test_control_arm_has_neither_failure_nor_block() -> None:
     config = ReconstructConfig(out="-", corpus=60, intra=1, inter=1, plain=0, control_arm=True)
-    made, _ = make_rows(references(config), ExactRewriter(), config)
+    made = list(make_rows(references(config), ExactRewriter(), config, []))
     assert made and all(INTRA not in r.response and "FAILURE" not in r.response for r in made)
     assert all(score(r.problem, extract_answer(r.response)) for r in made)
 
@@ -58,3 +61,23 @@ def test_stage_is_reproducible_and_finishes_once(tmp_path: Path) -> None:
     before = (tmp_path / "a/train.jsonl").stat().st_mtime_ns
     assert reconstruct(ReconstructConfig(out=str(tmp_path / "a"), corpus=30)) == a
     assert (tmp_path / "a/train.jsonl").stat().st_mtime_ns == before
+
+
+def test_an_early_closed_row_trains_all_but_the_closing_text(tiny_tokenizer) -> None:
+    config = ReconstructConfig(out="-", corpus=60, intra=0, inter=0, plain=0, instance=1, seed=3)
+    made = list(make_rows(references(config), ExactRewriter(), config, []))
+    full = {r.id: r for r in references(config)}
+    assert {r.problem.family for r in made} == {"arithmetic", "countdown", "words"}
+    for row in made:
+        reference = full[row.reference_id]
+        assert row.level == "instance" and row.response.count(FINISHED) == 1
+        assert score(row.problem, extract_answer(row.response))
+        kept = row.response[: row.trigger_span[0]].strip().split("\n\n")
+        assert kept == list(reference.paragraphs[: len(kept)]) and len(kept) < len(reference.paragraphs)
+        if row.problem.family == "countdown":
+            assert any(r.solves for r in review_steps(row.problem, kept)), "a search is closed after its solution only"
+        encoded = encode_row(row, tiny_tokenizer, trigger_ids(tiny_tokenizer))
+        begin = len(tiny_tokenizer(prompt_text(tiny_tokenizer, row.prompt), add_special_tokens=False).input_ids)
+        masked = [i for i, label in enumerate(encoded.labels) if label == IGNORE and i >= begin]
+        assert tiny_tokenizer.decode([encoded.input_ids[i] for i in masked]) == FINISHED
+        assert masked == list(range(masked[0], masked[0] + len(masked)))
