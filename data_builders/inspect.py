@@ -120,14 +120,11 @@ def masked_spans(row: Reconstruction, tokenizer: Any, mask_failure: bool = False
     return spans
 
 
-def show(record: Record, console: Console, tokenizer: Any = None, mask_failure: bool = False) -> None:
-    """Print one record."""
+def facts_of(record: Record) -> list[str]:
+    """What is known of a record besides its text, one line each."""
     problem = record if isinstance(record, Problem) else record.problem
-    title = f"{type(record).__name__.lower()} {record.id}"
     facts = [f"{problem.family}, difficulty {problem.difficulty}, answer {problem.answer or '?'}"]
-    body = Text(problem.question + "\n", style="bold")
     if isinstance(record, Trace):
-        body = Text.assemble(body, "\n", numbered(trace_text(record)))
         tokens = f"{len(record.response_ids)} tokens, {len(record.steps)} steps"
         facts.append(tokens if record.finished else tokens + ", cut off")
         if record.labels is not None:
@@ -138,9 +135,21 @@ def show(record: Record, console: Console, tokenizer: Any = None, mask_failure: 
             if labels.answer_token is not None:
                 facts.append(f"the answer first stands at token {labels.answer_token} of {record.thinking_end}")
     elif isinstance(record, Reconstruction):
-        body = Text.assemble(body, "\n", numbered(row_text(record, tokenizer, mask_failure)))
         facts.append(f"level {record.level}, source {record.source or '?'}, reference {record.reference_id or '?'}")
         facts += [", ".join(f"{k} {v}" for k, v in record.control.items())] if record.control else []
+    return facts
+
+
+def show(record: Record, console: Console, tokenizer: Any = None, mask_failure: bool = False) -> None:
+    """Print one record."""
+    problem = record if isinstance(record, Problem) else record.problem
+    title = f"{type(record).__name__.lower()} {record.id}"
+    body = Text(problem.question + "\n", style="bold")
+    if isinstance(record, Trace):
+        body = Text.assemble(body, "\n", numbered(trace_text(record)))
+    elif isinstance(record, Reconstruction):
+        body = Text.assemble(body, "\n", numbered(row_text(record, tokenizer, mask_failure)))
+    facts = facts_of(record)
     console.print(Panel(body, title=Text(title), subtitle=Text(facts[0]), title_align="left"))
     for fact in facts[1:]:
         console.print(Text("  " + fact))
@@ -169,6 +178,8 @@ def inspect(config: InspectConfig, console: Console | None = None) -> dict[str, 
     """Print a sample of ``config.path``; returns how many records there are and which were shown."""
     console = console or Console(highlight=False)
     records = read_records(config.path)
+    if config.html:
+        return _page(config, records, console)
     chosen = choose(records, config)
     rows = any(isinstance(r, Reconstruction) for r in chosen)
     tokenizer = _tokenizer(config.model, console) if rows else None
@@ -181,3 +192,15 @@ def inspect(config: InspectConfig, console: Console | None = None) -> dict[str, 
     for record in chosen:
         show(record, console, tokenizer, config.mask_failure)
     return {"records": len(records), "shown": [r.id for r in chosen]}
+
+
+def _page(config: InspectConfig, records: list[Record], console: Console) -> dict[str, Any]:
+    """Write all records that fit into one page."""
+    from neureasoner.data_builders.browse import rejected, write_page
+
+    fitting = [r for r in records if not config.kind or config.kind in kinds(r)]
+    tokenizer = _tokenizer(config.model, console) if any(isinstance(r, Reconstruction) for r in fitting) else None
+    others = [] if config.kind else rejected(config.path)
+    n = write_page(config.html, config.path, fitting, others, tokenizer, config.mask_failure)
+    console.print(f"{n} records in {config.html}; open it in a browser", soft_wrap=True)
+    return {"records": n, "html": config.html}

@@ -20,6 +20,7 @@ class InspectConfig:
         metadata={"help": "only this kind: intra, inter, plain (rows), intra, inter, clean (traces), a family"},
     )
     model: str = field(default="tiny", metadata={"help": "whose tokens the masks of training rows show; '' shows none"})
+    html: str = field(default="", metadata={"help": "write all of them into this page, to browse, filter and search"})
     mask_failure: bool = field(default=False, metadata={"help": "show the masks that training with mask_failure has"})
 
     def __post_init__(self) -> None:

@@ -1,0 +1,332 @@
+"""``data pairs``: a failing and a clean continuation of the same prefix (core.md §1.4), with what the sites showed.
+
+Writing goes in rounds. A round lets every open sequence write ``every`` more steps (0: all of them), then the judge
+reads the text so far. Where it finds a failure, the sequence's part of the round's cache is cut back to just before the
+failing step (intra) or the loop's first paragraph (inter: going back one paragraph would not undo a loop), and
+``tries`` other continuations are drawn from there. The first that the judge finds clean makes the pair.
+
+With ``every = 0`` the judge is asked once per trace and once per try: the same pairs for far fewer calls.
+
+Instance pairs need no rewinding: the first K steps on an easy and on a hard problem of one family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from neureasoner.data_builders.encoding import prompt_text
+from neureasoner.data_builders.judges import Judge
+from neureasoner.data_builders.pairs_config import PairsConfig
+from neureasoner.data_builders.rollouts import build_trace
+from neureasoner.errors import UserError
+from neureasoner.model_files import model_files
+from neureasoner.sampling import generation_config
+from neureasoner.stages import StageFolder
+from neureasoner.steps import Separators, StepSegmenter
+from neureasoner.traces import Problem, Trace, read_problems, read_records, read_traces, write_rows
+
+
+@dataclass
+class Pair:
+    """Two continuations. ``failing`` and ``clean`` are whole traces that agree up to ``prefix`` response tokens.
+
+    ``steps``: how many steps each continuation holds. ``tries``: continuations drawn until a clean one. For
+    ``level == "instance"`` the traces answer different problems (``failing`` the hard one), ``prefix`` is 0.
+    """
+
+    id: str
+    level: str
+    prefix: int
+    steps: int
+    tries: int
+    failing: Trace
+    clean: Trace
+
+
+def pair_from_dict(row: dict[str, Any]) -> Pair:
+    """Inverse of ``dataclasses.asdict``. Raises UserError naming what is missing."""
+    from neureasoner.traces import trace_from_dict
+
+    missing = {"id", "level", "prefix", "steps", "tries", "failing", "clean"} - set(row)
+    if missing:
+        raise UserError(f"not a pair: missing keys {sorted(missing)}")
+    return Pair(**{**row, "failing": trace_from_dict(row["failing"]), "clean": trace_from_dict(row["clean"])})
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """Read ``pairs.jsonl``. Raises UserError with the line number of the first bad row, or for an empty file."""
+    return read_records(path, pair_from_dict, "pairs")
+
+
+@dataclass
+class Row:
+    """One sequence that is being written. ``response``: token ids so far."""
+
+    problem: Problem
+    name: str
+    prompt: list[int]
+    response: list[int] = field(default_factory=list)
+    open_levels: set[str] = field(default_factory=set)
+
+
+class _StepsDone:
+    """Stopping criterion: a row is done when it has closed ``n`` more steps, left its thinking, or ended."""
+
+    def __init__(self, separators: Separators, so_far: Sequence[Sequence[int]], width: int, n: int):
+        self.read, self.n = width, n
+        self.rows = []
+        for ids in so_far:
+            segmenter = StepSegmenter(separators)
+            for i in ids:
+                segmenter.push(i)
+            self.rows.append((segmenter, len(segmenter.bounds)))
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        import torch
+
+        for column in input_ids[:, self.read :].T.tolist():
+            for (segmenter, _), token in zip(self.rows, column, strict=True):
+                segmenter.push(token)
+        self.read = input_ids.shape[1]
+        done = [not s.in_thinking or len(s.bounds) - begun >= self.n for s, begun in self.rows]
+        return torch.tensor(done, device=input_ids.device)
+
+
+class Writer:
+    """Samples continuations and goes back. Legend: ``B`` rows, ``W`` padded width, ``n`` tokens kept."""
+
+    def __init__(self, model: Any, tokenizer: Any, config: PairsConfig):
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.separators = Separators.of(tokenizer)
+        kinds = getattr(model.config, "layer_types", None) or []
+        self.keeps_all = "sliding_attention" not in kinds  # a sliding window has thrown old keys away
+
+    def write(
+        self, rows: Sequence[Row], steps: int, seed: int, cache: Any = None
+    ) -> tuple[list[list[int]], Any, list[int]]:
+        """Continue every row by ``steps`` closed steps (0: to its end).
+
+        -> (new token ids of each row, the cache, left padding of each row). ``cache`` covers all but the last token of
+        every row, which must then be of one length.
+        """
+        import torch
+        from transformers import StoppingCriteriaList
+
+        whole = [[*r.prompt, *r.response] for r in rows]
+        width = max(map(len, whole))
+        pads = [width - len(w) for w in whole]
+        pad, device = self.tokenizer.pad_token_id, self.model.device
+        ids = torch.tensor([[pad] * p + w for p, w in zip(pads, whole, strict=True)], device=device)
+        mask = torch.tensor([[0] * p + [1] * len(w) for p, w in zip(pads, whole, strict=True)], device=device)
+        room = self.config.max_new_tokens - min(len(r.response) for r in rows)
+        settings = generation_config(
+            self.model, self.tokenizer, max(1, room), self.config.temperature, self.config.top_p
+        )
+        more: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        if steps:
+            stop = _StepsDone(self.separators, [r.response for r in rows], width, steps)
+            more["stopping_criteria"] = StoppingCriteriaList([stop])  # type: ignore[list-item]
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.inference_mode():
+            torch.manual_seed(seed)
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=settings,
+                return_dict_in_generate=True,
+                **more,
+            )
+        new = []
+        for row, tokens in zip(rows, out.sequences[:, width:].tolist(), strict=True):
+            limit = self.config.max_new_tokens - len(row.response)
+            new.append(self._own(row.response, tokens, steps)[: max(limit, 0)])
+        return new, out.past_key_values, pads
+
+    def _own(self, response: Sequence[int], tokens: list[int], steps: int) -> list[int]:
+        """The row's own new tokens: up to its end, or to the step that stopped it (others wrote on beside it)."""
+        segmenter = StepSegmenter(self.separators)
+        for i in response:
+            segmenter.push(i)
+        begun = len(segmenter.bounds)
+        for at, token in enumerate(tokens, 1):
+            segmenter.push(token)
+            ended = token == self.tokenizer.eos_token_id
+            if ended or (steps and (not segmenter.in_thinking or len(segmenter.bounds) - begun >= steps)):
+                return tokens[:at]
+        return tokens
+
+    def back(self, cache: Any, row: int, pad: int, n: int, copies: int) -> Any:
+        """A cache of ``copies`` equal rows that holds the first ``n`` tokens of one row of ``cache``, or None.
+
+        A causal cache of a prefix is a prefix of the cache, so nothing needs to be kept beforehand (§1.4). None where
+        the model has thrown keys away: then the prefix is read again.
+        """
+        from transformers import DynamicCache
+
+        if not self.keeps_all or n < 1:
+            return None
+        kept = DynamicCache(config=self.model.config)
+        for i, layer in enumerate(cache.layers):
+            keys, values = (
+                x[row : row + 1, :, pad : pad + n].expand(copies, -1, -1, -1).contiguous()
+                for x in (layer.keys, layer.values)
+            )
+            kept.update(keys, values, i)
+        return kept
+
+    def trace(self, row: Row, response: Sequence[int]) -> Trace:
+        return build_trace(self.tokenizer, row.problem, row.name, row.prompt, response)
+
+
+def failure(trace: Trace, level: str) -> tuple[int, int] | None:
+    """``(first step, one past last)`` of the judged failure of a level, or None."""
+    assert trace.labels is not None
+    if level == "intra":
+        step = trace.labels.intra.step if trace.labels.intra.has_error else None
+        return None if step is None else (step, step + 1)
+    return trace.labels.inter.steps if trace.labels.inter.is_stagnant else None
+
+
+def pairs_of(writer: Writer, judge: Judge, rows: Sequence[Row], seed: int, counts: dict[str, int]) -> Iterator[Pair]:
+    """Write ``rows`` to their ends and yield a pair for the first failure of each level that has a clean twin."""
+    config, active, round_ = writer.config, list(rows), 0
+    for row in active:
+        row.open_levels = set(config.levels)
+    while active:
+        new, cache, pads = writer.write(active, config.every, seed + 1009 * round_)
+        still = []
+        for i, (row, tokens) in enumerate(zip(active, new, strict=True)):
+            row.response += tokens
+            trace = writer.trace(row, row.response)
+            trace.labels = judge.judge(trace)
+            counts["judged"] += 1
+            for level in sorted(row.open_levels):
+                found = failure(trace, level)
+                if found is None or found[1] > len(trace.steps) or not trace.steps[found[1] - 1].closed:
+                    continue
+                row.open_levels.discard(level)
+                counts[f"{level} failures"] += 1
+                pair = _twin(writer, judge, row, trace, level, found, cache, i, pads[i], seed + 7919 * (i + 1), counts)
+                if pair is not None:
+                    yield pair
+            in_thinking = trace.thinking_end == len(row.response)
+            room = len(row.response) < config.max_new_tokens
+            if config.every and tokens and in_thinking and room and row.open_levels and not trace.finished:
+                still.append(row)
+        active, round_ = still, round_ + 1
+
+
+def _twin(
+    writer: Writer,
+    judge: Judge,
+    row: Row,
+    trace: Trace,
+    level: str,
+    found: tuple[int, int],
+    cache: Any,
+    at: int,
+    pad: int,
+    seed: int,
+    counts: dict[str, int],
+) -> Pair | None:
+    """Go back to before ``found`` and draw until the judge finds the continuation clean, or tries run out."""
+    first, end = found
+    begin = trace.steps[first].token_start
+    tries = writer.config.tries
+    prefix = Row(row.problem, row.name, row.prompt, list(row.response[:begin]))
+    kept = writer.back(cache, at, pad, len(row.prompt) + begin - 1, tries)
+    drawn, _, _ = writer.write([prefix] * tries, end - first, seed, kept)
+    for n, tokens in enumerate(drawn, 1):
+        clean = writer.trace(row, [*prefix.response, *tokens])
+        if len(clean.steps) < end or not clean.steps[end - 1].closed:
+            continue  # it ended, or left the thinking, before there was enough to compare
+        clean.labels = judge.judge(clean)
+        counts["judged"] += 1
+        wrong = failure(clean, "intra")  # a wrong step before the prefix ends is no fault of this continuation
+        if failure(clean, level) is None and (wrong is None or wrong[0] < first):
+            failing = writer.trace(row, row.response[: trace.steps[end - 1].token_end])
+            failing.labels = trace.labels
+            return Pair(f"{row.name}/{level}", level, begin, end - first, n, failing, clean)
+    counts[f"{level} without a clean twin"] += 1
+    return None
+
+
+def instance_pairs(traces: Sequence[Trace], nothinking: Sequence[Trace], first_steps: int) -> Iterator[Pair]:
+    """Pair easy with hard problems of a family, first K steps each; easy and hard as in core.md §1.7.2."""
+    from neureasoner.probes.labels import closed_steps, instance_labels
+
+    easy = instance_labels(traces, nothinking)
+    sides: dict[tuple[str, int], list[Trace]] = {}
+    for trace in traces:
+        if len(closed_steps(trace)) >= first_steps and easy[trace.problem.id] in (0, 1):
+            sides.setdefault((trace.problem.family, easy[trace.problem.id]), []).append(trace)
+    for name in sorted({f for f, _ in sides}):
+        for i, (hard, simple) in enumerate(zip(sides.get((name, 0), []), sides.get((name, 1), []), strict=False)):
+            yield Pair(f"{name}-{i}/instance", "instance", 0, first_steps, 1, hard, simple)
+
+
+def make_pairs(config: PairsConfig, judge: Judge | None = None) -> dict[str, Any]:
+    """Stage ``data pairs``. Writes pairs.jsonl, and records/ of both continuations where sites were asked for."""
+    from collections import Counter
+
+    from rich.progress import Progress
+
+    from neureasoner.data_builders.judges import ExactJudge
+    from neureasoner.models import load
+    from neureasoner.sites import Layout
+
+    problems = list(islice(read_problems(config.problems), config.limit or None))
+    inputs: list[str | Path] = [config.problems, *model_files(config.model), *filter(None, [config.instance_traces])]
+    folder = StageFolder(config.out, "data pairs", config, inputs=inputs)
+    if folder.done:
+        return folder.summary
+    judge = judge or ExactJudge()
+    model, tokenizer = load(config.model)
+    for site in config.record:
+        Layout.of(model).check(site)
+    writer, counts = Writer(model, tokenizer, config), Counter[str]()
+    jobs = [(p, s) for s in range(config.samples) for p in problems]
+    parts = []
+    with Progress() as bar:
+        task = bar.add_task("pairs", total=len(jobs))
+        for b in range(0, len(jobs), config.batch_size):
+            part = folder.path / "parts" / f"{b:06d}.jsonl"
+            parts.append(part)
+            batch = jobs[b : b + config.batch_size]
+            if not part.is_file():
+                rows = [
+                    Row(
+                        p,
+                        f"{p.id}#{s}",
+                        tokenizer(prompt_text(tokenizer, p.question), add_special_tokens=False)["input_ids"],
+                    )
+                    for p, s in batch
+                ]
+                found = list(pairs_of(writer, judge, rows, config.seed * 100_003 + b, counts))
+                write_rows(part, [{"pairs": [asdict(p) for p in found], "counts": dict(counts)}])
+                counts.clear()
+            bar.update(task, advance=len(batch))
+    kept = [row for part in parts for row in read_records(part, dict, "parts of pairs")]
+    pairs = [pair_from_dict(p) for row in kept for p in row["pairs"]]
+    total = sum((Counter(row["counts"]) for row in kept), Counter())
+    if config.instance_traces:
+        nothinking = read_traces(config.instance_nothinking) if config.instance_nothinking else []
+        pairs += list(instance_pairs(read_traces(config.instance_traces), nothinking, config.first_steps))
+    if not pairs:
+        raise UserError(f"no pair was found ({dict(total)}); give more problems, samples or tries")
+    write_rows(folder.path / "pairs.jsonl", pairs)
+    if config.record:
+        from neureasoner.probes.record import record_to
+
+        both = [t for p in pairs for t in (p.failing, p.clean)]
+        record_to(folder.path / "records", model, tokenizer, both, config.record)
+    levels = dict(Counter(p.level for p in pairs))
+    summary = folder.finish({"pairs": len(pairs), "levels": levels, **dict(total), "traces": len(jobs)})
+    for part in parts:
+        part.unlink(missing_ok=True)
+    print(f"{len(pairs)} pairs: {levels}; {total['judged']} texts judged")
+    return summary
