@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from neureasoner.artifacts import file_fingerprint, read_json, write_json
+from neureasoner.artifacts import file_fingerprint, read_json, write_json, write_text
 from neureasoner.data_builders.families import family
 from neureasoner.errors import UserError
 from neureasoner.evaluation import results as results_of
 from neureasoner.evaluation.arms import FULL, NO_THINKING, Arm, choose, measured_rates, votes, with_rules
 from neureasoner.evaluation.config import EvaluateConfig
+from neureasoner.evaluation.markdown import markdown
 from neureasoner.evaluation.metrics import Outcome, per_problem
 from neureasoner.evaluation.runner import ArmRun, outcomes
 from neureasoner.model_files import model_files
@@ -82,7 +83,7 @@ def _card(model: str) -> dict[str, Any]:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Stage ``evaluate``. Writes results.json, traces/<arm>.jsonl, figures/ and report.html; prints a short table.
+    """Stage ``evaluate``. Writes results.json and .md, traces/<arm>.jsonl, figures/ and report.html; prints a table.
 
     Raises UserError for an unknown arm, a bad problem file, or a folder that is no steered checkpoint.
     """
@@ -153,6 +154,7 @@ def _run(evaluation: Evaluation, arms: list[Arm], skipped: dict[str, str]) -> No
         config, evaluation.base, evaluation.problems, evaluation.outcomes, skipped, evaluation.extras
     )
     write_json(Path(config.out) / "results.json", found)
+    write_text(Path(config.out) / "results.md", markdown(found))
     write_report(config.out, config.report_traces, config.probes_results)
 
 

@@ -5,7 +5,6 @@ Everything that a model or a problem wrote is escaped here (HTML) or set as text
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from neureasoner.artifacts import read_json, write_text
+from neureasoner.data_builders.browse import embed
 from neureasoner.evaluation import charts
 from neureasoner.evaluation.arms import ARMS, FULL, VANILLA, VOTE
 from neureasoner.evaluation.examples import pick, view
@@ -188,14 +188,6 @@ def _provenance(results: Mapping[str, Any]) -> str:
     for name, reason in results["skipped"].items():
         rows[f"arm {name} left out"] = reason
     return "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in rows.items())
-
-
-def embed(value: Any) -> str:
-    """JSON that is safe inside a script element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    for char in "<>&\u2028\u2029":
-        text = text.replace(char, f"\\u{ord(char):04x}")
-    return text
 
 
 def _asset(name: str) -> str:

@@ -53,6 +53,8 @@ class ArmRun:
         self.arm, self._load, self.config, self.k = arm, model, config, k
         self._model: Any = None
         size = config.batch_size
+        # Neighbours of like length waste the least: a batch runs until its longest response ends.
+        problems = sorted(problems, key=lambda p: (p.family, p.difficulty))
         self.batches = [problems[i : i + size] for i in range(0, len(problems), size)]
         self.jobs = [(s, b) for s in range(config.samples) for b in range(len(self.batches))]
         self.parts = Path(config.out) / "parts" / arm.name

@@ -39,9 +39,23 @@ def _probes(help: str, config: str, module: str) -> Command:
 COMMANDS: dict[str, Command] = {
     "data problems": _data("write a problem file", "ProblemsConfig", "problem_file", "build_problems"),
     "data rollouts": _data("sample responses to problems", "RolloutsConfig", "rollouts", "sample_rollouts"),
-    "data judge": _data("label traces: wrong steps, loops, answers", "JudgeConfig", "judges", "judge_traces"),
+    "data judge": _data("label traces: wrong steps, loops, answers", "JudgeConfig", "judging", "judge_traces"),
     "data reconstruct": _data(
         "turn failures into repairs to train on", "ReconstructConfig", "reconstruct", "reconstruct"
+    ),
+    "data pairs": Command(
+        "failing and clean continuations of the same prefix",
+        "data_builders.pairs_config",
+        "PairsConfig",
+        "data_builders.pairs",
+        "make_pairs",
+    ),
+    "data import": Command(
+        "read a corpus: one form, the correct rows, nothing of the benchmarks",
+        "data_builders.sources.config",
+        "ImportConfig",
+        "data_builders.sources.importer",
+        "import_corpus",
     ),
     "data inspect": _data("look at problems, traces or training rows", "InspectConfig", "inspect", "inspect"),
     "probes locate": _probes("find the neurons of each failure", "LocateConfig", "locate"),

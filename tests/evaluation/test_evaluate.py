@@ -50,7 +50,7 @@ def test_results_have_every_arm_and_key(whole: Path) -> None:
         assert arm["n_problems"] == 6
         assert set(arm["by_family"]) == {"arithmetic", "countdown", "words"}
     assert set(found["probes"]) == {"intra", "inter", "instance"} and "neurons" in found
-    assert (whole / "report.html").is_file() and (whole / "stage.json").is_file()
+    assert all((whole / name).is_file() for name in ("report.html", "results.md", "stage.json"))
     assert not list((whole / "parts").glob("*/*.jsonl")), "parts are dropped when merged"
 
 

@@ -171,3 +171,18 @@ def test_terminal_ending(folder: Any) -> None:
     assert "answers that vanilla got wrong and full got right" in plain and "vanilla" in plain
     assert "report.html" in plain and "\x1b[1;30;42m<INTRA>" in said, "forced text is coloured"
     assert caution({"problems": {"n": 40}}) in plain
+
+
+def test_markdown_says_what_the_results_say(folder: Any) -> None:
+    from neureasoner.artifacts import read_json
+    from neureasoner.evaluation.markdown import markdown
+    from neureasoner.evaluation.verdict import headline
+
+    results = read_json(folder / "results.json")
+    text = markdown(results)
+    assert headline(results) in text
+    for a in results["arms"]:
+        (line,) = (x for x in text.splitlines() if x.startswith(f"| {a['name']} | {100 * a['accuracy']:.1f} ["))
+        assert f"| {a['tokens_mean']:.0f} [" in line
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("| vanilla")}
+    assert len(widths) >= 1 and "nan" not in text.lower()
