@@ -162,7 +162,7 @@ def slip_words(task: Story, before: Sequence[str], text: str, rng: Random) -> Sl
 
 
 def slip_countdown(task: Target, before: Sequence[str], text: str, rng: Random) -> Slip:
-    """One wrong attempt: a wrong value carried on, often one that seems to reach the target; or an uneven division."""
+    """One wrong attempt: a wrong value carried on, often one that seems to reach the target; an uneven division; below zero."""
     eqs = equations(text)
     opener = text[: eqs[0].start].strip()
     i = rng.randrange(len(eqs))
@@ -170,8 +170,10 @@ def slip_countdown(task: Target, before: Sequence[str], text: str, rng: Random) 
     kind, op = "", q.op
     if i == len(eqs) - 1 and q.c != task.target and rng.random() < 0.5:
         c, kind = task.target, "mistaken_assumption"
-    elif i == 0 and q.a > q.b and q.a % q.b and rng.random() < 0.15:
+    elif q.a > q.b > 1 and q.a % q.b and rng.random() < 0.3:
         c, kind, op = q.a // q.b, "invalid_division", "/"
+    elif q.a < q.b and rng.random() < 0.15:
+        c, kind, op = q.b - q.a, "domain_violation", "-"
     else:
         c, kind = wrong_result(rng, q)
     said, lines, value = f"{q.a} {op} {q.b} = {c}", [e.text for e in eqs[:i]], c
@@ -185,6 +187,8 @@ def slip_countdown(task: Target, before: Sequence[str], text: str, rng: Random) 
     verdict = f"That is {task.target}." if value == task.target else f"Not {task.target}."
     if kind == "invalid_division":
         analysis = f"{q.a} is not divisible by {q.b}."
+    elif kind == "domain_violation":
+        analysis = f"{q.b} is larger than {q.a}, so {q.a} - {q.b} is below zero."
     else:
         analysis = explain(q, c)
     wrong = f"{opener} {', '.join(lines)}. {verdict}"

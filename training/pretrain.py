@@ -27,7 +27,6 @@ class ReasonerArguments:
     kv_heads: int = field(default=2, metadata={"help": "key/value heads"})
     head_dim: int = field(default=32, metadata={"help": "size of a head; heads * head_dim differs from hidden_size"})
     notes: float = field(default=0.2, metadata={"help": "exercises in proofreading, as a share of the traces"})
-    init: str = field(default="", metadata={"help": "go on from this model folder's weights and tokenizer"})
     export: str = field(default="", metadata={"help": "also write the bfloat16 model here (what the package ships)"})
 
 
@@ -75,7 +74,6 @@ def main() -> None:
     from trl import TrlParser
 
     from neureasoner.data_builders.corpus import build_tokenizer
-    from neureasoner.models import load, load_tokenizer
     from neureasoner.training.checkpoints import last_whole
 
     class InOrder(Trainer):
@@ -90,7 +88,7 @@ def main() -> None:
     args.use_cpu = not torch.cuda.is_available()
     set_seed(args.seed)
 
-    tokenizer = load_tokenizer(reasoner.init) if reasoner.init else build_tokenizer(reasoner.corpus_seed)
+    tokenizer = build_tokenizer(reasoner.corpus_seed)
     with args.main_process_first(desc="corpus"):
         rows = encode_corpus(
             reasoner.examples,
@@ -116,7 +114,7 @@ def main() -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model: Any = load(reasoner.init, dtype=torch.float32)[0] if reasoner.init else Qwen3ForCausalLM(config)
+    model: Any = Qwen3ForCausalLM(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     trainer = InOrder(
         model=model,

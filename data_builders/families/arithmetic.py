@@ -15,6 +15,7 @@ from neureasoner.data_builders.families.base import (
     check_key,
     equations,
     pick_checks,
+    pick_step,
     slow_check,
     write_equation,
     wrong_conclusion,
@@ -25,7 +26,7 @@ from neureasoner.errors import UserError
 QUESTION = re.compile(r"Calculate (\d+(?: [-+*] \d+)+)\.")
 EXPRESSION = re.compile(r"\d+(?: [-+*] \d+)*")
 # (number of operations, products, largest term, largest first factor, largest second factor)
-GRADES = [(2, 1, 20, 9, 9), (3, 1, 60, 12, 9), (3, 2, 99, 30, 9), (4, 2, 400, 99, 9), (5, 2, 900, 99, 29)]
+GRADES = [(2, 1, 20, 9, 9), (3, 1, 40, 12, 9), (3, 2, 60, 15, 9), (4, 2, 99, 20, 9), (5, 2, 150, 30, 9)]
 
 
 @dataclass(frozen=True)
@@ -136,23 +137,23 @@ class Arithmetic:
                 )
         else:
             out.append("There are no products, so I go from left to right.")
-        e, hardest = task, (0, "+", 0)
+        e, steps = task, list[tuple[int, str, int]]()
         while e.ops:
             i = e.next()
             a, op, b = e.numbers[i], e.ops[i], e.numbers[i + 1]
-            hardest = max(hardest, (a, op, b), key=lambda t: len(str(t[0])) + len(str(t[2])) + (t[1] == "*"))
+            steps.append((a, op, b))
             e = e.reduce(i)
             out.append(f"{write_equation(a, op, b)}. " + (f"Now I have {e}." if e.ops else f"So the value is {e}."))
         for kind in pick_checks(rng, ["line", "back", "slow", "rough"]):
-            out.append(self._check(kind, task, value, hardest))
+            out.append(self._check(kind, task, value, pick_step(rng, steps)))
         out.append(rng.choice([f"I am sure now. The answer is {value}.", f"So the answer is {value}."]))
         return Narration(out, ", ".join(self.one_line(task)) + f". The answer is \\boxed{{{value}}}.")
 
-    def _check(self, kind: str, task: Expression, value: int, hardest: tuple[int, str, int]) -> str:
+    def _check(self, kind: str, task: Expression, value: int, step: tuple[int, str, int]) -> str:
         if kind == "line":
             return "Let me check. " + ", ".join(self.one_line(task)) + ". It agrees."
         if kind == "slow":
-            return slow_check(*hardest)
+            return slow_check(*step)
         e = task
         while "*" in e.ops:
             e = e.reduce(e.next())

@@ -171,4 +171,15 @@ def slow_check(a: int, op: str, b: int) -> str:
 def pick_checks(rng: Random, kinds: list[str]) -> list[str]:
     """One to three different checks, whatever the difficulty."""
     n = min(len(kinds), rng.choices([1, 2, 3], [0.3, 0.4, 0.3])[0])
-    return rng.sample(kinds, n)
+    picked = rng.sample(kinds, n)
+    if "slow" in kinds and "slow" not in picked and rng.random() < 0.4:
+        # Going slowly is what a repair does, so it has to be learned better than anything else.
+        picked[rng.randrange(n)] = "slow"
+    return picked
+
+
+def pick_step(rng: Random, steps: list[tuple[int, str, int]]) -> tuple[int, str, int]:
+    """The operation to go over slowly: half the time the longest one, else any."""
+    if rng.random() < 0.5:
+        return rng.choice(steps)
+    return max(steps, key=lambda t: len(str(t[0])) + len(str(t[2])) + (t[1] == "*"))

@@ -15,6 +15,7 @@ from neureasoner.data_builders.families.base import (
     check_key,
     equations,
     pick_checks,
+    pick_step,
     slow_check,
     write_equation,
     wrong_conclusion,
@@ -27,10 +28,10 @@ THINGS = ["apples", "pens", "coins", "cards", "stones", "books", "shells", "stam
 # (changes, things that do not matter, largest start, largest change, most bags, largest bag)
 GRADES = [
     (2, 0, 20, 9, 3, 5),
-    (3, 0, 50, 20, 5, 9),
-    (3, 1, 150, 80, 9, 12),
-    (3, 1, 400, 200, 9, 25),
-    (4, 2, 800, 400, 12, 40),
+    (3, 0, 40, 15, 4, 6),
+    (3, 1, 60, 30, 5, 9),
+    (3, 1, 100, 60, 6, 12),
+    (4, 2, 150, 90, 9, 12),
 ]
 START = re.compile(r"(\w+) has (\d+) (\w+)\. ")
 EVENT = re.compile(
@@ -145,14 +146,13 @@ class Words:
         ]
         if rng.random() < 0.2:
             out.append("Maybe I can sum up all changes at once. That gets messy, so I drop it.")
-        hardest = (0, "+", 0)
+        steps: list[tuple[int, str, int]] = []
         for event, ops in zip(task.events, task.operations(), strict=True):
-            for op in ops:
-                hardest = max(hardest, op, key=lambda t: len(str(t[0])) + len(str(t[2])) + (t[1] == "*"))
+            steps += ops
             out.append(self.write_event(event, ops, task))
         out.append(f"That was the last change. So {task.name} has {value} {thing}.")
         for kind in pick_checks(rng, ["line", "back", "slow", "rough"]):
-            out.append(self._check(kind, task, value, hardest))
+            out.append(self._check(kind, task, value, pick_step(rng, steps)))
         out.append(rng.choice([f"I am sure now. The answer is {value}.", f"So the answer is {value}."]))
         return Narration(out, ", ".join(self.one_line(task)) + f". The answer is \\boxed{{{value}}}.")
 
@@ -166,11 +166,11 @@ class Words:
         how = {"gain": "Finding more", "loss": "Having fewer", "times": "Multiplying"}[event.kind]
         return f"{how} gives {write_equation(*ops[0])}. Now it is {c}."
 
-    def _check(self, kind: str, task: Story, value: int, hardest: tuple[int, str, int]) -> str:
+    def _check(self, kind: str, task: Story, value: int, step: tuple[int, str, int]) -> str:
         if kind == "line":
             return "Let me check. " + ", ".join(self.one_line(task)) + ". It agrees."
         if kind == "slow":
-            return slow_check(*hardest)
+            return slow_check(*step)
         mains = [ops[-1] for ops in task.operations() if ops]
         if kind == "back":
             inverse = {"+": "-", "-": "+", "*": "/"}
