@@ -162,7 +162,7 @@ def slip_words(task: Story, before: Sequence[str], text: str, rng: Random) -> Sl
 
 
 def slip_countdown(task: Target, before: Sequence[str], text: str, rng: Random) -> Slip:
-    """One wrong attempt: a wrong value carried on, often one that seems to reach the target; an uneven division; below zero."""
+    """One wrong attempt: a wrong value carried on, often a seeming hit; an uneven division; a value below zero."""
     eqs = equations(text)
     opener = text[: eqs[0].start].strip()
     i = rng.randrange(len(eqs))
