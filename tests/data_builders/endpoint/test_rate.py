@@ -129,12 +129,13 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("counted", [1.0, 0.4, 2.5])
+# how the endpoint counts tokens matters only where it has a budget of them
+CASES = [(k, c) for k, v in KINDS.items() for c in ([1.0, 0.4, 2.5] if "tokens" in v else [1.0])]
+
+
 @pytest.mark.parametrize("latency", [0.2, 2.5])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "counted"), CASES)
 def test_the_grant_is_used_and_hardly_anything_rejected(kind: str, latency: float, counted: float) -> None:
-    if counted != 1.0 and "tokens" not in KINDS[kind]:
-        pytest.skip("no token budget")
     counters = {k: Counter(c.limit, c.period, c.kind, c.whole_seconds) for k, c in KINDS[kind].items()}
     result = simulate(counters, 2000, 256, latency, counted=counted)
     assert result.rejected < 20, result
