@@ -25,13 +25,18 @@ CHAT_TEMPLATE = (
 )
 
 
+def same_question(question: str) -> str:
+    """What two questions that differ in the order of their words and numbers have in common."""
+    return " ".join(sorted(question.replace(",", " ").replace(".", " ").split()))
+
+
 def split_of(question: str) -> str:
     """The split a question belongs to, by a hash of its numbers and words: 80 % train, 10 % validation, 10 % test.
 
     The words are sorted first, so that a question with its numbers in another order is the same question. Two problem
     files of different splits therefore share none, whatever their seeds.
     """
-    words = " ".join(sorted(question.replace(",", " ").replace(".", " ").split()))
+    words = same_question(question)
     bucket = int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big") % 10
     return SPLITS[max(0, bucket - 7)]
 

@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 from neureasoner.data_builders.config import ProblemsConfig
-from neureasoner.data_builders.corpus import draw
+from neureasoner.data_builders.corpus import draw, same_question
 from neureasoner.data_builders.families import family
 from neureasoner.errors import UserError
 from neureasoner.stages import StageFolder
@@ -22,11 +22,11 @@ def make_problems(names: list[str], n: int, split: str, seed: int) -> list[Probl
         difficulty = (i // len(families)) % f.levels + 1
         for _ in range(1000):
             question, answer = draw(rng, f.name, difficulty, split)
-            if question not in seen:
+            if same_question(question) not in seen:
                 break
         else:
             raise UserError(f"family {f.name}, difficulty {difficulty}: too few different questions for n={n}")
-        seen.add(question)
+        seen.add(same_question(question))
         out.append(Problem(f"{f.name}-{split}-{seed}-{i}", f.name, difficulty, question, answer))
     return out
 

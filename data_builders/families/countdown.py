@@ -24,7 +24,7 @@ from neureasoner.errors import UserError
 
 QUESTION = re.compile(r"Use ([\d, ]+?) and (\d+), each exactly once, with \+ - \* / to reach (\d+)\.")
 # (how many numbers, largest number, operators of the hidden solution)
-GRADES = [(3, 9, "+-"), (3, 12, "+-*"), (3, 20, "+-*/"), (4, 9, "+-*"), (4, 12, "+-*/")]
+GRADES = [(3, 25, "+-"), (3, 15, "+-*"), (3, 20, "+-*/"), (4, 9, "+-*"), (4, 12, "+-*/")]
 LARGEST = 999
 # In a narration each attempt is the last but for chance MISS: the same at every attempt, so that how long a search has
 # lasted says nothing about its end, and a reader of such texts has no reason to claim a hit because one is due. With
