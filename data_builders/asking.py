@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neureasoner.config import from_dict
 from neureasoner.data_builders.endpoint.config import EndpointConfig
 from neureasoner.data_builders.endpoint.requests import Outcome, Question
 from neureasoner.data_builders.endpoint.tally import Tally
+
+if TYPE_CHECKING:
+    from neureasoner.data_builders.llm_judges import CallSettings
 
 # What may change between two runs into one folder: none of it changes an answer.
 FREE = ("concurrency", "timeout", "requests_per_minute", "tokens_per_minute", "tries", "backoff", "max_cost", "ledger")
@@ -23,7 +26,12 @@ def endpoint_of(values: Mapping[str, Any], out: str) -> EndpointConfig:
 
 
 def stage_settings(config: Any) -> Any:
-    """The settings as a stage folder compares them: with the prompts' hash, without what changes no answer."""
+    """The settings as a stage folder compares them: with the prompts' hash, without what changes no answer.
+
+    Settings without an endpoint ask nobody and are compared as they are.
+    """
+    if not config.endpoint:
+        return config
     from neureasoner.data_builders.llm_judges import prompts_hash
 
     kept = {k: v for k, v in config.endpoint.items() if k not in FREE}
@@ -38,6 +46,13 @@ class Endpoint:
 
     def __init__(self, values: Mapping[str, Any], out: str, label: str):
         self.config, self.label, self.tally = endpoint_of(values, out), label, Tally()
+
+    @property
+    def settings(self) -> CallSettings:
+        """What all questions of the stage share."""
+        from neureasoner.data_builders.llm_judges import CallSettings
+
+        return CallSettings(self.config.model, self.config.params())
 
     def ask(self, questions: Iterable[Question[Any]], total: int | None = None) -> Iterator[Outcome[Any]]:
         """Outcomes in the order of the questions. Raises UserError when the endpoint will answer nothing more."""

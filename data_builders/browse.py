@@ -64,9 +64,9 @@ def rejected(path: str | Path) -> list[dict[str, Any]]:
         {
             "id": f"{row.get('id', '?')}/{row.get('level', '?')}",
             "kinds": ["rejected", str(row.get("level", "?"))],
-            "question": str(row.get("question", "")),
+            "question": "",
             "answer": "",
-            "text": str(row.get("text", "")),
+            "text": "",
             "marks": [],
             "facts": [],
             "reason": str(row.get("reason", "")),

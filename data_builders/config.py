@@ -100,6 +100,9 @@ class ReconstructConfig:
 
     out: str = field(metadata={"help": "folder to write train.jsonl, rejected.jsonl and summary.json into"})
     traces: str = field(default="", metadata={"help": "judged traces; the faultless, correct ones become references"})
+    shortest: int = field(
+        default=0, metadata={"help": "use only so many references of each problem in 'traces', the shortest (0: all)"}
+    )
     corpus: int = field(default=0, metadata={"help": "also use so many traces of the tiny reasoner's corpus"})
     intra: float = field(default=0.6, metadata={"help": "share of references given an intra variant"})
     inter: float = field(default=0.3, metadata={"help": "share of references given an inter variant"})
@@ -126,6 +129,8 @@ class ReconstructConfig:
                 "reconstruct needs references: give 'traces' (judged), 'references' (imported) or 'corpus' (a number)"
             )
         check_judge(self.rewriter, self.endpoint, "rewriter")
+        if self.shortest < 0:
+            raise UserError(f"shortest must be 0 (all) or a number of references, got {self.shortest}")
         for key in ("intra", "inter", "instance", "plain"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"key '{key}' is a share and must lie in [0, 1], got {getattr(self, key)}")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neureasoner.artifacts import write_json
+from neureasoner.data_builders.asking import Endpoint, stage_settings
 from neureasoner.data_builders.config import JudgeConfig
 from neureasoner.data_builders.judges import ExactJudge, summarise
 from neureasoner.errors import UserError
 from neureasoner.stages import StageFolder
 from neureasoner.traces import Trace, read_traces, write_rows
+
+if TYPE_CHECKING:
+    from neureasoner.data_builders.llm_judges import LLMJudge
 
 
 def judge_traces(config: JudgeConfig) -> dict[str, Any]:
@@ -24,12 +27,7 @@ def judge_traces(config: JudgeConfig) -> dict[str, Any]:
     if config.dry_run:
         return _dry_run(config)
     inputs = [config.traces, *([config.compare] if config.compare else [])]
-    settings: Any = config
-    if config.judge == "llm":
-        from neureasoner.data_builders.asking import stage_settings
-
-        settings = stage_settings(config)
-    folder = StageFolder(config.out, "data judge", settings, inputs=inputs)
+    folder = StageFolder(config.out, "data judge", stage_settings(config), inputs=inputs)
     if folder.done:
         return folder.summary
     more: dict[str, Any] = {}
@@ -54,16 +52,14 @@ def _exact(traces: Sequence[Trace]) -> Iterator[Trace]:
         yield trace
 
 
-def _llm(config: JudgeConfig) -> tuple[Any, Any]:
-    from neureasoner.data_builders.asking import Endpoint
-    from neureasoner.data_builders.llm_judges import CallSettings, LLMJudge
+def _llm(config: JudgeConfig) -> tuple[Endpoint, LLMJudge]:
+    from neureasoner.data_builders.llm_judges import LLMJudge
 
     endpoint = Endpoint(config.endpoint, config.out, "judging")
-    settings = CallSettings(endpoint.config.model, endpoint.config.params())
-    return endpoint, LLMJudge(settings, endpoint.ask)
+    return endpoint, LLMJudge(endpoint.settings, endpoint.ask)
 
 
-def _questions(judge: Any, traces: Sequence[Trace]) -> Iterator[Any]:
+def _questions(judge: LLMJudge, traces: Sequence[Trace]) -> Iterator[Any]:
     from neureasoner.data_builders.llm_judges import Unaskable, inter_question, intra_question
 
     for trace in traces:
@@ -84,7 +80,7 @@ def _asked(config: JudgeConfig) -> tuple[list[Trace], dict[str, Any]]:
     endpoint, judge = _llm(config)
     traces = read_traces(config.traces)
     if config.batch:
-        endpoint.batch(lambda: _questions(judge, copy.copy(traces)))
+        endpoint.batch(lambda: _questions(judge, traces))
     judged = [t for t in judge.label(traces) if t.labels is not None]
     bill = endpoint.tally.summary()
     counts = dict(sorted(judge.counts.items()))

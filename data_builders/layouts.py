@@ -47,6 +47,11 @@ _FAILURE_LIKE = re.compile(r"\[\s*+FAILURE\w*+\s*+\]?", re.IGNORECASE)
 _BLANK = re.compile(r"\n[ \t]*+\n\s*+")
 
 
+def is_trigger_like(text: str) -> bool:
+    """Whether a text holds anything that could be taken for a trigger or a block's tag. Linear in the text."""
+    return bool(_TRIGGER_LIKE.search(text) or _FAILURE_LIKE.search(text))
+
+
 class LayoutError(ValueError):
     """A block that cannot be read or written; ``reasons`` says everything that is wrong with it."""
 

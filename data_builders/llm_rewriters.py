@@ -28,6 +28,7 @@ from neureasoner.data_builders.layouts import (
     LayoutError,
     Reconstruction,
     compose,
+    is_trigger_like,
     paragraphs,
     parse,
     validate_inter,
@@ -44,8 +45,7 @@ FIELDS: dict[str, tuple[tuple[str, Sequence[Any]], tuple[str, Sequence[Any]]]] =
     "intra": (("error_length", ERROR_LENGTHS), ("error_type", ERROR_TYPES)),
     "inter": (("loop_length_paragraphs", LOOP_LENGTHS), ("loop_theme", LOOP_THEMES)),
 }
-# Both are looked for in folded text, so invisible letters and full-width forms hide nothing.
-_TRIGGER_LIKE = re.compile(r"<\s?/?\s?(?:INTRA|INTER)\s?/?\s?>|\[\s?FAILURE", re.IGNORECASE)
+# Looked for in folded text, as triggers are, so invisible letters and full-width forms hide nothing.
 _CHAT_TOKEN = re.compile(
     r"<\|[^|<>]{1,40}\|>|</?(?:think|s|bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?INST\]|<</?SYS>>", re.IGNORECASE
 )
@@ -79,7 +79,7 @@ def unusable(reference: Reference) -> str:
         return f"fewer than {KEEP + 1} paragraphs"
     text = "\n\n".join([reference.problem.question, *reference.paragraphs, reference.ending])
     folded = fold(text).text
-    if _TRIGGER_LIKE.search(folded):
+    if is_trigger_like(folded):
         return "trigger-like text in the source"
     if _CHAT_TOKEN.search(folded.replace(THINK_CLOSE, "", 1)):  # the one that ends the thinking belongs there
         return "chat-template token in the source"

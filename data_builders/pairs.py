@@ -24,7 +24,7 @@ from neureasoner.data_builders.pairs_config import PairsConfig
 from neureasoner.data_builders.rollouts import build_trace
 from neureasoner.errors import UserError
 from neureasoner.model_files import model_files
-from neureasoner.sampling import generation_config
+from neureasoner.sampling import generation_config, left_padded
 from neureasoner.stages import StageFolder
 from neureasoner.steps import Separators, StepSegmenter
 from neureasoner.traces import Problem, Trace, read_problems, read_records, read_traces, write_rows
@@ -73,17 +73,21 @@ class Row:
     open_levels: set[str] = field(default_factory=set)
 
 
+def _after(ids: Sequence[int], separators: Separators) -> StepSegmenter:
+    """A segmenter that has read ``ids``."""
+    segmenter = StepSegmenter(separators)
+    for i in ids:
+        segmenter.push(i)
+    return segmenter
+
+
 class _StepsDone:
     """Stopping criterion: a row is done when it has closed ``n`` more steps, left its thinking, or ended."""
 
     def __init__(self, separators: Separators, so_far: Sequence[Sequence[int]], width: int, n: int):
         self.read, self.n = width, n
-        self.rows = []
-        for ids in so_far:
-            segmenter = StepSegmenter(separators)
-            for i in ids:
-                segmenter.push(i)
-            self.rows.append((segmenter, len(segmenter.bounds)))
+        segmenters = [_after(ids, separators) for ids in so_far]
+        self.rows = [(s, len(s.bounds)) for s in segmenters]
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         import torch
@@ -117,15 +121,14 @@ class Writer:
         from transformers import StoppingCriteriaList
 
         whole = [[*r.prompt, *r.response] for r in rows]
-        width = max(map(len, whole))
-        pads = [width - len(w) for w in whole]
-        pad, device = self.tokenizer.pad_token_id, self.model.device
-        ids = torch.tensor([[pad] * p + w for p, w in zip(pads, whole, strict=True)], device=device)
-        mask = torch.tensor([[0] * p + [1] * len(w) for p, w in zip(pads, whole, strict=True)], device=device)
         room = self.config.max_new_tokens - min(len(r.response) for r in rows)
         settings = generation_config(
             self.model, self.tokenizer, max(1, room), self.config.temperature, self.config.top_p
         )
+        device = self.model.device
+        ids, mask = left_padded(whole, settings.pad_token_id, device)
+        width = ids.shape[1]
+        pads = [width - len(w) for w in whole]
         more: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
         if steps:
             stop = _StepsDone(self.separators, [r.response for r in rows], width, steps)
@@ -148,9 +151,7 @@ class Writer:
 
     def _own(self, response: Sequence[int], tokens: list[int], steps: int) -> list[int]:
         """The row's own new tokens: up to its end, or to the step that stopped it (others wrote on beside it)."""
-        segmenter = StepSegmenter(self.separators)
-        for i in response:
-            segmenter.push(i)
+        segmenter = _after(response, self.separators)
         begun = len(segmenter.bounds)
         for at, token in enumerate(tokens, 1):
             segmenter.push(token)
@@ -280,7 +281,8 @@ def make_pairs(config: PairsConfig, judge: Judge | None = None) -> dict[str, Any
     from neureasoner.sites import Layout
 
     problems = list(islice(read_problems(config.problems), config.limit or None))
-    inputs: list[str | Path] = [config.problems, *model_files(config.model), *filter(None, [config.instance_traces])]
+    asked = [config.instance_traces, config.instance_nothinking]
+    inputs: list[str | Path] = [config.problems, *model_files(config.model), *filter(None, asked)]
     folder = StageFolder(config.out, "data pairs", config, inputs=inputs)
     if folder.done:
         return folder.summary

@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 from neureasoner.artifacts import write_json, write_text
+from neureasoner.data_builders.asking import Endpoint, stage_settings
 from neureasoner.data_builders.config import ReconstructConfig
 from neureasoner.data_builders.corpus import traces
 from neureasoner.data_builders.families import FAMILIES
@@ -19,24 +20,39 @@ from neureasoner.stages import StageFolder
 from neureasoner.traces import FINISHED, NO_THINKING, THINK_CLOSE, Problem, read_traces, write_rows
 
 
+def rollouts(path: str) -> Iterator[Reference]:
+    """The references among judged traces. Raises UserError for a trace that was not judged."""
+    for trace in read_traces(path):
+        labels = trace.labels
+        if labels is None:
+            raise UserError(f"{path}: trace '{trace.id}' has no labels; run `neureasoner data judge` first")
+        if any(mark in trace.response for mark in (*BLOCK_STARTS, FINISHED, NO_THINKING)):
+            continue  # the model wrote a trigger or closing text by itself: no untouched reference
+        if labels.correct and not labels.intra.has_error and not labels.inter.is_stagnant:
+            # Everything up to the end token, which belongs to the tokenizer and not to the text.
+            text = trace.response[: trace.response.rindex("}") + 1] + "."
+            try:
+                yield reference_from(trace.id, trace.problem, text, "rollout")
+            except Rejected:
+                continue
+
+
+def shortest(refs: Iterable[Reference], n: int) -> Iterator[Reference]:
+    """Of each problem the ``n`` shortest references, so that fine-tuning does not teach to go on longer than needed."""
+    of_problem: dict[str, list[Reference]] = {}
+    for ref in refs:
+        kept = of_problem.setdefault(ref.problem.id, [])
+        kept.append(ref)
+        kept.sort(key=lambda r: len(r.response))
+        del kept[n:]
+    for kept in of_problem.values():
+        yield from kept
+
+
 def references(config: ReconstructConfig) -> Iterator[Reference]:
     """Correct, faultless traces: judged rollouts and, where asked for, the tiny reasoner's corpus."""
     if config.traces:
-        for trace in read_traces(config.traces):
-            labels = trace.labels
-            if labels is None:
-                raise UserError(
-                    f"{config.traces}: trace '{trace.id}' has no labels; run `neureasoner data judge` first"
-                )
-            if any(mark in trace.response for mark in (*BLOCK_STARTS, FINISHED, NO_THINKING)):
-                continue  # the model wrote a trigger or closing text by itself: no untouched reference
-            if labels.correct and not labels.intra.has_error and not labels.inter.is_stagnant:
-                # Everything up to the end token, which belongs to the tokenizer and not to the text.
-                text = trace.response[: trace.response.rindex("}") + 1] + "."
-                try:
-                    yield reference_from(trace.id, trace.problem, text, "rollout")
-                except Rejected:
-                    continue
+        yield from shortest(rollouts(config.traces), config.shortest) if config.shortest else rollouts(config.traces)
     if config.references:
         from neureasoner.data_builders.sources.rows import read_sources
 
@@ -127,13 +143,8 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     """
     if config.dry_run:
         return _dry_run(config)
-    settings: Any = config
-    if config.rewriter == "llm":
-        from neureasoner.data_builders.asking import stage_settings
-
-        settings = stage_settings(config)
     inputs = [p for p in (config.traces, config.references) if p]
-    folder = StageFolder(config.out, "data reconstruct", settings, inputs=inputs)
+    folder = StageFolder(config.out, "data reconstruct", stage_settings(config), inputs=inputs)
     if folder.done:
         return folder.summary
     rejected: list[dict[str, str]] = []
@@ -173,13 +184,11 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     return folder.finish(summary)
 
 
-def _llm(config: ReconstructConfig) -> tuple[Any, Any]:
-    from neureasoner.data_builders.asking import Endpoint
-    from neureasoner.data_builders.llm_judges import CallSettings
+def _llm(config: ReconstructConfig) -> tuple[Endpoint, Any]:
     from neureasoner.data_builders.llm_rewriters import LLMRewriter
 
     endpoint = Endpoint(config.endpoint, config.out, "rewriting")
-    return endpoint, LLMRewriter(CallSettings(endpoint.config.model, endpoint.config.params()), endpoint.ask)
+    return endpoint, LLMRewriter(endpoint.settings, endpoint.ask)
 
 
 def _questions(

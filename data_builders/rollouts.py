@@ -10,7 +10,7 @@ from neureasoner.data_builders.config import RolloutsConfig
 from neureasoner.data_builders.encoding import prompt_text
 from neureasoner.data_builders.families import extract_answer, family, score
 from neureasoner.model_files import model_files
-from neureasoner.sampling import generation_config
+from neureasoner.sampling import generation_config, left_padded
 from neureasoner.stages import StageFolder
 from neureasoner.steps import segment
 from neureasoner.traces import NO_THINKING, Problem, Trace, read_problems, read_traces, write_rows
@@ -35,11 +35,8 @@ def sample_batch(
     """Sample one response per prompt (left-padded batch). Returns token ids up to and with EOS."""
     import torch
 
-    width = max(map(len, prompts))
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     settings = generation_config(model, tokenizer, config.max_new_tokens, config.temperature, config.top_p)
+    ids, mask = left_padded(prompts, settings.pad_token_id, model.device)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(seed)
         out = model.generate(
@@ -47,7 +44,8 @@ def sample_batch(
             attention_mask=mask,
             generation_config=settings,
         )
-    rows = out[:, width:].tolist()
+    eos = tokenizer.eos_token_id
+    rows = out[:, ids.shape[1] :].tolist()
     return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
 
 

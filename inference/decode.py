@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from neureasoner.errors import UserError
 from neureasoner.inference.controller import Controller
 from neureasoner.inference.rows import RowState, opens_thinking
-from neureasoner.sampling import generation_config
+from neureasoner.sampling import generation_config, left_padded
 from neureasoner.steps import Separators, StepSegmenter
 from neureasoner.traces import Step, Trace
 
@@ -108,12 +108,8 @@ def generate_batch(
     if on_text is not None and len(prompt_ids) != 1:
         raise UserError("streaming shows one response; set batch_size to 1 or stream off")
     config = generation_config(model, tokenizer, max_new_tokens, temperature, top_p)
-    device, width = model.device, max(len(ids) for ids in prompt_ids)
-    ids = torch.full((len(prompt_ids), width), int(config.pad_token_id), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(prompt_ids):
-        ids[i, width - len(row) :] = torch.tensor(list(row), dtype=torch.long)
-        mask[i, width - len(row) :] = 1
+    device = model.device
+    ids, mask = left_padded(prompt_ids, int(config.pad_token_id), device)
     begin = time.perf_counter()
     watching: Any = nullcontext(None)
     if controller is not None:
@@ -127,8 +123,8 @@ def generate_batch(
     with torch.random.fork_rng([device] if device.type == "cuda" else []), watching as watch:
         torch.manual_seed(seed)
         output = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+            input_ids=ids,
+            attention_mask=mask,
             generation_config=config,
             logits_processor=LogitsProcessorList([watch] if watch is not None else []),
             streamer=None if on_text is None else _Streamer(tokenizer, on_text, watch),
@@ -137,7 +133,7 @@ def generate_batch(
     ends = set(config.eos_token_id)
     return [
         _finish(tokenizer, list(prompt), new, ends, watch, i, seconds)
-        for i, (prompt, new) in enumerate(zip(prompt_ids, output[:, width:].tolist(), strict=True))
+        for i, (prompt, new) in enumerate(zip(prompt_ids, output[:, ids.shape[1] :].tolist(), strict=True))
     ]
 
 

@@ -115,5 +115,11 @@ def fingerprint(*parts: Any) -> str:
 
 
 def file_fingerprint(paths: Iterable[str | Path]) -> str:
-    """Content hash of files, in the order given."""
-    return fingerprint(*[Path(p).read_bytes() for p in paths])
+    """Content hash of files, in the order given; they are read in pieces. Equals ``fingerprint`` of their bytes."""
+    h = hashlib.sha256()
+    for path in paths:
+        with Path(path).open("rb") as f:
+            while piece := f.read(1 << 20):
+                h.update(piece)
+        h.update(b"\0")
+    return h.hexdigest()[:16]

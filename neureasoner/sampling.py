@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from neureasoner.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import GenerationConfig
 
 
@@ -15,6 +17,16 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     ids = getattr(model.generation_config, "eos_token_id", None)
     listed = [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
     return list(dict.fromkeys([int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None]))
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of rows of unlike length, each ``(B, longest)``, padded on the left."""
+    import torch
+
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(r)) + list(r) for r in rows], dtype=torch.long)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], dtype=torch.long)
+    return ids.to(device), mask.to(device)
 
 
 def generation_config(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from hashlib import file_digest
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from neureasoner.artifacts import fingerprint, write_json
+from neureasoner.artifacts import file_fingerprint, fingerprint, write_json
 from neureasoner.data_builders.sources.benchmarks import INDEX_SUFFIX, benchmark_of, load_benchmarks
 from neureasoner.data_builders.sources.config import ImportConfig
 from neureasoner.data_builders.sources.conversion import IDS, REFERENCES, REMOVED, SET_ASIDE, Importer, parts
@@ -52,15 +51,7 @@ class Source:
 
     def fingerprint(self) -> str:
         """Hash of the files' content; of a Hub data set, its name, configuration, split and revision."""
-        return fingerprint(vars(self.hub)) if self.hub else _digest(self.files)
-
-
-def _digest(files: Sequence[Path]) -> str:
-    hashes = []
-    for path in files:
-        with path.open("rb") as f:
-            hashes.append(file_digest(f, "sha256").hexdigest())
-    return fingerprint(*hashes)
+        return fingerprint(vars(self.hub)) if self.hub else file_fingerprint(self.files)
 
 
 def _benchmark_files(config: ImportConfig) -> list[Path]:
@@ -79,7 +70,7 @@ def import_corpus(config: ImportConfig, verifier: Verifier | None = None) -> dic
     for every row that has an id of its own. Raises UserError for an input that no known format fits.
     """
     source = Source(config)
-    content = fingerprint(source.fingerprint(), _digest(_benchmark_files(config)))
+    content = fingerprint(source.fingerprint(), file_fingerprint(_benchmark_files(config)))
     settings = _Settings(**{**vars(replace(config, workers=1)), "content": content})
     folder = StageFolder(config.out, "data import", settings)
     if folder.done:

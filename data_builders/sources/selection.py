@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from neureasoner.data_builders.layouts import is_trigger_like
 from neureasoner.data_builders.sources.answers import final_answer
 from neureasoner.data_builders.sources.config import ImportConfig
 from neureasoner.data_builders.sources.decontaminate import BenchmarkIndex, Match
@@ -15,7 +16,6 @@ from neureasoner.data_builders.sources.rows import SourceRow
 from neureasoner.data_builders.sources.verifier import Verifier
 
 # Text that the trigger SFT or a chat template gives a meaning of its own: as tokens it would not be text any more.
-_TRIGGER = re.compile(r"<\s*(?:/\s*)?(?:INTRA|INTER)\s*(?:/\s*)?>|\[\s*FAILURE", re.IGNORECASE)
 _CONTROL = re.compile(
     r"<\|(?:im_start|im_end|im_sep|endoftext|eot_id|begin_of_text|end_of_text|start_header_id|end_header_id)\|>"
     r"|<｜[^｜\n]{1,40}｜>|<(?:start|end)_of_turn>"
@@ -39,7 +39,7 @@ class Removal:
 def forbidden_text(row: SourceRow) -> str | None:
     """trigger_text or control_tokens, if any part of the row holds some."""
     for part in (row.question, row.thinking, row.solution):
-        if ("<" in part or "[" in part) and _TRIGGER.search(part):
+        if ("<" in part or "[" in part) and is_trigger_like(part):
             return "trigger_text"
         if "<" in part and _CONTROL.search(part):
             return "control_tokens"

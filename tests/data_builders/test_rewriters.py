@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from neureasoner.data_builders.encoding import IGNORE, encode_row, prompt_text, 
 from neureasoner.data_builders.families import extract_answer, score
 from neureasoner.data_builders.judges import review_steps
 from neureasoner.data_builders.layouts import parse
-from neureasoner.data_builders.reconstruct import make_rows, reconstruct, references
+from neureasoner.data_builders.reconstruct import make_rows, reconstruct, references, shortest
 from neureasoner.data_builders.rewriters import ExactRewriter
+from neureasoner.errors import UserError
 from neureasoner.traces import FINISHED, INTER, INTRA
 
 
@@ -81,3 +83,15 @@ def test_an_early_closed_row_trains_all_but_the_closing_text(tiny_tokenizer) -> 
         masked = [i for i, label in enumerate(encoded.labels) if label == IGNORE and i >= begin]
         assert tiny_tokenizer.decode([encoded.input_ids[i] for i in masked]) == FINISHED
         assert masked == list(range(masked[0], masked[0] + len(masked)))
+
+
+def test_the_shortest_references_of_each_problem_are_kept() -> None:
+    refs = list(references(ReconstructConfig(out="-", corpus=12)))
+    same = [replace(r, problem=refs[i % 2].problem) for i, r in enumerate(refs)]  # two problems, six references each
+    kept = list(shortest(same, 2))
+    assert {r.problem.id for r in kept} == {"corpus-0", "corpus-1"} and len(kept) == 4
+    for name in ("corpus-0", "corpus-1"):
+        lengths = sorted(len(r.response) for r in same if r.problem.id == name)
+        assert [len(r.response) for r in kept if r.problem.id == name] == lengths[:2]
+    with pytest.raises(UserError, match="shortest"):
+        ReconstructConfig(out="-", corpus=1, shortest=-1)

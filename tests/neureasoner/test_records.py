@@ -86,7 +86,7 @@ def test_tensors_round_trip_with_meta(tmp_path: Path) -> None:
 
 def test_promise_10_a_pickle_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    path.write_bytes(pickle.dumps({"w": 1}))
+    path.write_bytes(pickle.dumps({"w": 1}))  # never read as one: it must be refused
     with pytest.raises(UserError, match="not a safetensors file"):
         artifacts.read_tensors(path)
 
