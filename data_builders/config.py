@@ -114,6 +114,9 @@ class ReconstructConfig:
         default=False, metadata={"help": "write the same rows without failure and block (tests distillation)"}
     )
     seed: int = field(default=0, metadata={"help": "seed of the choice of failures"})
+    tokenizer: str = field(
+        default="", metadata={"help": "count tokens with this model's tokenizer, for the card ('tiny', folder, hub id)"}
+    )
     references: str = field(default="", metadata={"help": "references.jsonl of data import"})
     rewriter: str = field(default="exact", metadata={"help": "exact computes (embedded families); llm asks a model"})
     endpoint: dict[str, Any] = field(
