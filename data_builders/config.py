@@ -75,8 +75,12 @@ def check_judge(name: str, endpoint: dict[str, Any], key: str, known: tuple[str,
 class JudgeConfig:
     """Label traces: first wrong step, loop, answer position, correctness."""
 
-    traces: str = field(metadata={"help": "traces.jsonl to judge"})
     out: str = field(metadata={"help": "folder to write the judged traces.jsonl and summary.json into"})
+    traces: str = field(default="", metadata={"help": "traces.jsonl to judge"})
+    references: str = field(default="", metadata={"help": "or references.jsonl of data import, read as traces"})
+    tokenizer: str = field(
+        default="", metadata={"help": "for references: model whose tokens the labels count ('tiny', folder, hub id)"}
+    )
     judge: str = field(
         default="exact", metadata={"help": "exact recomputes every claim (embedded families); llm asks a model"}
     )
@@ -89,6 +93,10 @@ class JudgeConfig:
     compare: str = field(default="", metadata={"help": "the same traces judged by another: say how far they agree"})
 
     def __post_init__(self) -> None:
+        if bool(self.traces) == bool(self.references):
+            raise UserError("data judge needs either 'traces' or 'references'")
+        if self.references and not self.tokenizer:
+            raise UserError("key 'tokenizer' is missing: judged references count tokens; name the model they are for")
         check_judge(self.judge, self.endpoint, "judge")
         if self.probe < 0:
             raise UserError(f"key 'probe' must not be negative, got {self.probe}")
@@ -114,6 +122,9 @@ class ReconstructConfig:
         default=False, metadata={"help": "write the same rows without failure and block (tests distillation)"}
     )
     seed: int = field(default=0, metadata={"help": "seed of the choice of failures"})
+    tokenizer: str = field(
+        default="", metadata={"help": "count tokens with this model's tokenizer, for the card ('tiny', folder, hub id)"}
+    )
     references: str = field(default="", metadata={"help": "references.jsonl of data import"})
     rewriter: str = field(default="exact", metadata={"help": "exact computes (embedded families); llm asks a model"})
     endpoint: dict[str, Any] = field(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from neureasoner.data_builders.families import Review, extract_answer, family, score
 from neureasoner.traces import INTER, INTRA, InterLabel, IntraLabel, Labels, Problem, Trace
@@ -107,29 +107,60 @@ class ExactJudge:
         )
 
 
-def summarise(traces: Sequence[Trace]) -> dict[str, Any]:
-    """Counts over judged traces: accuracy by family and difficulty, wrong steps, circles, overthinking."""
-    judged = [(t, t.labels) for t in traces if t.labels is not None]
-    rate = lambda flags: round(sum(flags) / len(flags), 4) if flags else None  # noqa: E731
-    by: dict[str, list[bool]] = {}
-    for t, labels in judged:
-        by.setdefault(f"{t.problem.family} {t.problem.difficulty}", []).append(labels.correct)
-    search = [labels.inter.is_stagnant for t, labels in judged if t.problem.family == "countdown"]
-    lowest = sorted((t.problem.difficulty for t, _ in judged))[: max(1, len(judged) // 4)][-1] if judged else 0
-    after = total = 0
-    for t, labels in judged:
-        if t.problem.difficulty <= lowest:
-            total += t.thinking_end
-            after += 0 if labels.answer_token is None else max(0, t.thinking_end - labels.answer_token)
-    return {
-        "n": len(judged),
-        "accuracy": rate([labels.correct for _, labels in judged]),
-        "accuracy_by": {k: rate(v) for k, v in sorted(by.items())},
-        "unfinished": rate([not t.finished for t, _ in judged]),
-        "wrong_step": rate([labels.intra.has_error for _, labels in judged]),
-        "error_types": dict(Counter(labels.intra.error_type for _, labels in judged if labels.intra.has_error)),
-        "circling": rate([labels.inter.is_stagnant for _, labels in judged]),
-        "circling_search": rate(search),
-        "overthinking_easiest": round(after / total, 4) if total else None,
-        "tokens_mean": round(sum(len(t.response_ids) for t, _ in judged) / max(1, len(judged)), 1),
-    }
+class _Seen(NamedTuple):
+    """What the summary needs of one judged trace."""
+
+    family: str
+    difficulty: int
+    correct: bool
+    finished: bool
+    error: str  # "" for none
+    circling: bool
+    thinking: int  # tokens
+    after: int  # of them, after the answer first appeared
+    tokens: int
+
+
+class Summary:
+    """Counts over judged traces, which need not be kept: accuracy by family and difficulty, wrong steps, circles,
+    overthinking."""
+
+    def __init__(self) -> None:
+        self.seen: list[_Seen] = []
+
+    def add(self, trace: Trace) -> None:
+        """Count a judged trace; one without labels counts for nothing."""
+        if (labels := trace.labels) is None:
+            return
+        thinking = trace.thinking_end
+        after = 0 if labels.answer_token is None else max(0, thinking - labels.answer_token)
+        error = (labels.intra.error_type or "none") if labels.intra.has_error else ""
+        self.seen.append(
+            _Seen(
+                trace.problem.family, trace.problem.difficulty, labels.correct, trace.finished, error,
+                labels.inter.is_stagnant, thinking, after, len(trace.response_ids),
+            )
+        )  # fmt: skip
+
+    def result(self) -> dict[str, Any]:
+        """The counts, rounded. Overthinking is measured on the easiest quarter."""
+        seen = self.seen
+        rate = lambda flags: round(sum(flags) / len(flags), 4) if flags else None  # noqa: E731
+        by: dict[str, list[bool]] = {}
+        for s in seen:
+            by.setdefault(f"{s.family} {s.difficulty}", []).append(s.correct)
+        lowest = sorted(s.difficulty for s in seen)[: max(1, len(seen) // 4)][-1] if seen else 0
+        easy = [s for s in seen if s.difficulty <= lowest]
+        thinking = sum(s.thinking for s in easy)
+        return {
+            "n": len(seen),
+            "accuracy": rate([s.correct for s in seen]),
+            "accuracy_by": {k: rate(v) for k, v in sorted(by.items())},
+            "unfinished": rate([not s.finished for s in seen]),
+            "wrong_step": rate([bool(s.error) for s in seen]),
+            "error_types": dict(Counter(s.error for s in seen if s.error)),
+            "circling": rate([s.circling for s in seen]),
+            "circling_search": rate([s.circling for s in seen if s.family == "countdown"]),
+            "overthinking_easiest": round(sum(s.after for s in easy) / thinking, 4) if thinking else None,
+            "tokens_mean": round(sum(s.tokens for s in seen) / max(1, len(seen)), 1),
+        }

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from neureasoner.artifacts import write_json
 from neureasoner.data_builders.asking import Endpoint, stage_settings
 from neureasoner.data_builders.config import JudgeConfig
-from neureasoner.data_builders.judges import ExactJudge, summarise
+from neureasoner.data_builders.judges import ExactJudge, Summary
 from neureasoner.errors import UserError
 from neureasoner.stages import StageFolder
-from neureasoner.traces import Trace, read_traces, write_rows
+from neureasoner.traces import Trace, read_traces, stream_traces, write_rows
 
 if TYPE_CHECKING:
     from neureasoner.data_builders.llm_judges import LLMJudge
@@ -26,28 +26,51 @@ def judge_traces(config: JudgeConfig) -> dict[str, Any]:
     """
     if config.dry_run:
         return _dry_run(config)
-    inputs = [config.traces, *([config.compare] if config.compare else [])]
+    inputs = [p for p in (config.traces, config.references, config.compare) if p]
     folder = StageFolder(config.out, "data judge", stage_settings(config), inputs=inputs)
     if folder.done:
         return folder.summary
-    more: dict[str, Any] = {}
-    if config.judge == "exact":
-        traces = list(_exact(read_traces(config.traces)))
-    else:
-        traces, more = _asked(config)
-    summary = {**summarise(traces), **more}
+    summary, more = Summary(), dict[str, Any]()
+
+    def counted() -> Iterator[Trace]:
+        for trace in _exact(config) if config.judge == "exact" else _asked(config, more):
+            summary.add(trace)
+            yield trace
+
+    write_rows(folder.path / "traces.jsonl", counted())
+    done = {**summary.result(), **more}
     if config.compare:
-        summary["agreement"] = _compare(config.compare, traces, folder)
-    write_rows(folder.path / "traces.jsonl", traces)
-    write_json(folder.path / "summary.json", summary)
-    return folder.finish(summary)
+        done["agreement"] = _compare(config.compare, read_traces(folder.path / "traces.jsonl"), folder)
+    write_json(folder.path / "summary.json", done)
+    return folder.finish(done)
 
 
-def _exact(traces: Sequence[Trace]) -> Iterator[Trace]:
+def traces_of(config: JudgeConfig) -> Iterator[Trace]:
+    """The traces to judge, one at a time. Imported references become traces of the tokenizer's model, as if it had
+    written them."""
+    if config.traces:
+        yield from stream_traces(config.traces)
+        return
+    from neureasoner.data_builders.encoding import prompt_text
+    from neureasoner.data_builders.rollouts import build_trace
+    from neureasoner.data_builders.sources.rows import read_sources
+    from neureasoner.models import load_tokenizer
+
+    tokenizer = load_tokenizer(config.tokenizer)
+    ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+    for row in read_sources(config.references):
+        end = [tokenizer.eos_token_id] if row.closed and row.finished else []
+        prompt = ids(prompt_text(tokenizer, row.question))
+        yield build_trace(tokenizer, row.problem(), row.id, prompt, [*ids(row.response), *end], source=row.source)
+
+
+def _exact(config: JudgeConfig) -> Iterator[Trace]:
     from rich.progress import track
 
     judge = ExactJudge()
-    for trace in track(traces, description="judging"):
+    with open(config.traces or config.references, "rb") as f:
+        total = sum(1 for line in f if line.strip())
+    for trace in track(traces_of(config), description="judging", total=total):
         trace.labels = judge.judge(trace)
         yield trace
 
@@ -59,7 +82,7 @@ def _llm(config: JudgeConfig) -> tuple[Endpoint, LLMJudge]:
     return endpoint, LLMJudge(endpoint.settings, endpoint.ask)
 
 
-def _questions(judge: LLMJudge, traces: Sequence[Trace]) -> Iterator[Any]:
+def _questions(judge: LLMJudge, traces: Iterable[Trace]) -> Iterator[Any]:
     from neureasoner.data_builders.llm_judges import Unaskable, inter_question, intra_question
 
     for trace in traces:
@@ -73,24 +96,28 @@ def _dry_run(config: JudgeConfig) -> dict[str, Any]:
     if config.judge == "exact":
         raise UserError("key 'dry_run' is for judge llm; the exact judge costs nothing")
     endpoint, judge = _llm(config)
-    return dict(endpoint.forecast(_questions(judge, read_traces(config.traces)), config.probe))
+    return dict(endpoint.forecast(_questions(judge, traces_of(config)), config.probe))
 
 
-def _asked(config: JudgeConfig) -> tuple[list[Trace], dict[str, Any]]:
+def _asked(config: JudgeConfig, more: dict[str, Any]) -> Iterator[Trace]:
+    """The traces that a usable answer came for. ``more`` gets what there is to tell of the asking at the end."""
     endpoint, judge = _llm(config)
-    traces = read_traces(config.traces)
     if config.batch:
-        endpoint.batch(lambda: _questions(judge, traces))
-    judged = [t for t in judge.label(traces) if t.labels is not None]
-    bill = endpoint.tally.summary()
+        endpoint.batch(lambda: _questions(judge, traces_of(config)))
+    dropped = labelled = 0
+    for trace in judge.label(traces_of(config)):
+        if trace.labels is None:
+            dropped += 1
+            continue
+        labelled += 1
+        yield trace
     counts = dict(sorted(judge.counts.items()))
-    if not judged:
-        raise UserError(f"{config.traces}: no trace could be labelled ({counts})")
-    dropped = len(traces) - len(judged)
+    if not labelled:
+        raise UserError(f"{config.traces or config.references}: no trace could be labelled ({counts})")
     if dropped:
         reasons = ", ".join(f"{n} {k}" for k, n in counts.items() if k.startswith("dropped: "))
-        print(f"{dropped} of {len(traces)} traces got no usable answer: {reasons}")
-    return judged, {"judge": judge.name, "counts": counts, "bill": bill}
+        print(f"{dropped} of {dropped + labelled} traces got no usable answer: {reasons}")
+    more |= {"judge": judge.name, "counts": counts, "bill": endpoint.tally.summary()}
 
 
 def _compare(other: str, traces: Sequence[Trace], folder: StageFolder) -> dict[str, Any]:

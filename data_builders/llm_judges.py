@@ -20,19 +20,19 @@ from string import Template
 from typing import Any
 
 from neureasoner.data_builders.endpoint.requests import Malformed, Message, Outcome, Question, Request
-from neureasoner.data_builders.families import FAMILIES, extract_answer, score
+from neureasoner.data_builders.families import FAMILIES
+from neureasoner.data_builders.grading.grade import answer_of, grade
 from neureasoner.data_builders.judges import BLOCK_STARTS, MIN_LOOP, review_steps
 from neureasoner.data_builders.layouts import Span
 from neureasoner.data_builders.quotes import QuoteFinder, fold, neutral, step_of
 from neureasoner.data_builders.schemas import InterAnswer, IntraAnswer, json_schema, printable, read_json
 from neureasoner.errors import UserError
-from neureasoner.traces import THINK_CLOSE, InterLabel, IntraLabel, Labels, Problem, Trace
+from neureasoner.traces import InterLabel, IntraLabel, Labels, Trace
 
 PROMPTS = ("judge_intra", "judge_inter", "rewrite_intra", "rewrite_inter")
 SIMILAR = 0.5  # character 3-gram Jaccard of a repeated attempt (core.md §1.2.2)
 GAP = 4  # paragraphs without a repetition after which a loop has ended
 LOOK_BACK = 32  # paragraphs a paragraph is compared with
-MAX_GIVEN = 300  # characters of a final answer; a longer one is none
 SAME = 40  # folded characters from which a paragraph repeated word for word tells something
 _PARAGRAPHS = re.compile(
     r"paragraphs?\s{0,3}#?(\d{1,7})(?:\s{0,3}(?:-|–|—|to|through)\s{0,3}(?:paragraph\s{0,3})?(\d{1,7}))?", re.I
@@ -222,77 +222,6 @@ def loop_end(texts: list[str], first: int) -> int:
     return last + 1 if last + 1 - first >= MIN_LOOP else len(texts)
 
 
-def boxed(text: str) -> str | None:
-    """Content of the last closed ``\\boxed{…}``, braces inside counted; None if there is none."""
-    end = len(text)
-    for _ in range(20):
-        at = text.rfind("\\boxed{", 0, end)
-        if at < 0:
-            return None
-        depth, start = 1, at + len("\\boxed{")
-        for i in range(start, min(len(text), start + 2000)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if not depth:
-                return text[start:i].strip()
-        end = at
-    return None
-
-
-def final_answer(problem: Problem, response: str) -> str | None:
-    """The answer a response gives after its thinking: as the problem's family reads it, else the last ``\\boxed``."""
-    if problem.family in FAMILIES:
-        return extract_answer(response)
-    return boxed(response.rpartition(THINK_CLOSE)[2])
-
-
-def grade(problem: Problem, given: str | None) -> bool:
-    """Is the answer right? The family's own scorer, or mathematical equality with the gold answer.
-
-    Raises UserError where that needs math-verify and it is missing.
-    """
-    if given is None or len(given) > MAX_GIVEN:
-        return False
-    if problem.family in FAMILIES:
-        return score(problem, given)
-    return same_answer(problem.answer, given)
-
-
-def _explosive(answer: str) -> bool:
-    """Whether computing the answer could take for ever: towers of powers, huge exponents, sums, factorials, nesting."""
-    powers = answer.replace("**", "^")
-    if "!" in answer or re.search(
-        r"\^\s{0,9}[{(][^})]{0,60}\^|\^\s{0,9}-?\w{0,60}\s{0,9}\^|\\(?:sum|prod|int|lim|binom)", powers
-    ):
-        return True
-    largest = brackets = 1
-    for base, exponent in re.findall(r"(.)\^\D{0,8}(\d+)", powers):
-        size = max(1, int(exponent[:9]))
-        largest, brackets = max(largest, size), brackets * (size if base in ")]}" else 1)
-    deep = sum(answer.count(c) for c in "([{") > 40
-    return deep or largest > 10_000 or brackets > 30 or bool(re.search(r"\d{60}", answer))
-
-
-def same_answer(gold: str, given: str) -> bool:
-    """Equality of two mathematical answers, gold first (math-verify). Never raises but UserError; never runs away."""
-    gold, given = (re.sub(r"\s+", " ", x).strip(" $.") for x in (gold, given))
-    if not gold or not given or max(len(gold), len(given)) > MAX_GIVEN:
-        return False
-    if gold == given:
-        return True
-    if _explosive(gold) or _explosive(given):
-        return False
-    try:
-        from math_verify import parse, verify
-    except ImportError as e:
-        raise UserError("grading free answers needs math-verify; pip install math-verify") from e
-    # Its own time limits work in the main thread only, and would take a signal that others may wait for.
-    try:
-        sides = [parse(f"\\boxed{{{x}}}", parsing_timeout=None) for x in (gold, given)]
-        return bool(verify(*sides, timeout_seconds=None))
-    except Exception:
-        return False  # a parser of hostile text may fail in any way; what cannot be compared is not right
-
-
 class LLMJudge:
     """A judge that answers through ``ask`` (questions in, outcomes out, in any order).
 
@@ -368,7 +297,7 @@ class LLMJudge:
         self.counts["labelled"] += 1
         if intra.found:
             self.counts[f"quote {intra.found}"] += 1
-        answer = final_answer(trace.problem, trace.response) if trace.finished else None
+        answer = answer_of(trace.problem, trace.response) if trace.finished else None
         return Labels(
             correct=grade(trace.problem, answer),
             answer=answer,

@@ -16,6 +16,8 @@ from random import Random
 from typing import Any
 
 from neureasoner.data_builders.endpoint.requests import Malformed, Question, Request
+from neureasoner.data_builders.grading.answers import last_boxed
+from neureasoner.data_builders.grading.grade import answer_of, grade
 from neureasoner.data_builders.layouts import (
     ERROR_LENGTHS,
     ERROR_TYPES,
@@ -34,7 +36,7 @@ from neureasoner.data_builders.layouts import (
     validate_inter,
     validate_intra,
 )
-from neureasoner.data_builders.llm_judges import Ask, CallSettings, boxed, final_answer, grade, messages
+from neureasoner.data_builders.llm_judges import Ask, CallSettings, messages
 from neureasoner.data_builders.quotes import QuoteFinder, fold, neutral
 from neureasoner.data_builders.rewriters import Reference, Rejected
 from neureasoner.data_builders.schemas import check_text
@@ -87,7 +89,7 @@ def unusable(reference: Reference) -> str:
         return "control characters or half characters in the source"
     if re.search(r"\s{200}", text):
         return "white space without end in the source"
-    if not grade(_with_gold(reference), final_answer(reference.problem, reference.ending)):
+    if not grade(_with_gold(reference), answer_of(reference.problem, reference.ending)):
         return "no right answer in \\boxed{} to check against"
     return ""
 
@@ -95,7 +97,7 @@ def unusable(reference: Reference) -> str:
 def _with_gold(reference: Reference) -> Problem:
     """The problem with an answer to compare with: its own, else the one the reference ends with."""
     problem = reference.problem
-    return problem if problem.answer else replace(problem, answer=boxed(reference.ending) or "")
+    return problem if problem.answer else replace(problem, answer=last_boxed(reference.ending) or "")
 
 
 class LLMRewriter:
@@ -246,7 +248,7 @@ def _clean(text: str, trigger: str, reference: Reference) -> tuple[str, str | No
         raise Malformed("chat-template token in the trace")
     if _PROMPT_TAG.search(folded) and not _PROMPT_TAG.search(fold(source).text):
         raise Malformed("a tag of the prompt in the trace: return the trace only")
-    return thinking.strip(), final_answer(reference.problem, answer if close and answer.strip() else thinking)
+    return thinking.strip(), answer_of(reference.problem, answer if close and answer.strip() else thinking)
 
 
 def _split(text: str) -> list[str]:

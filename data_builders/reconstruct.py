@@ -9,6 +9,7 @@ from typing import Any
 
 from neureasoner.artifacts import write_json, write_text
 from neureasoner.data_builders.asking import Endpoint, stage_settings
+from neureasoner.data_builders.card import TokenCount, card
 from neureasoner.data_builders.config import ReconstructConfig
 from neureasoner.data_builders.corpus import traces
 from neureasoner.data_builders.families import FAMILIES
@@ -150,6 +151,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     rejected: list[dict[str, str]] = []
     counts: dict[str, Counter[str]] = {"levels": Counter(), "kinds": Counter(), "sources": Counter()}
     more: dict[str, Any] = {}
+    tokens = _token_count(config.tokenizer)
     if config.rewriter == "llm":
         rows = _asked_rows(config, rejected, more)
     else:
@@ -160,6 +162,8 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
             counts["levels"][row.level] += 1
             counts["kinds"][str(row.control.get("error_type", row.control.get("loop_theme", "-")))] += 1
             counts["sources"][row.source] += 1
+            if tokens:
+                tokens.add(row)
             yield row
         if not counts["levels"]:
             raise UserError(
@@ -178,10 +182,20 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
         "seed": config.seed,
         **more,
     }
+    if tokens:
+        summary |= {"tokenizer": config.tokenizer, "tokens": tokens.summary()}
     write_json(folder.path / "summary.json", summary)
     write_text(folder.path / "README.md", card(summary))
     print(f"{summary['rows']} rows: {summary['levels']}, {len(rejected)} rejected")
     return folder.finish(summary)
+
+
+def _token_count(tokenizer: str) -> TokenCount | None:
+    if not tokenizer:
+        return None
+    from neureasoner.models import load_tokenizer
+
+    return TokenCount(load_tokenizer(tokenizer))
 
 
 def _llm(config: ReconstructConfig) -> tuple[Endpoint, Any]:
@@ -253,29 +267,3 @@ def _dry_run(config: ReconstructConfig) -> dict[str, Any]:
         raise UserError("key 'dry_run' is for rewriter llm; the exact rewriter costs nothing")
     endpoint, rewriter = _llm(config)
     return dict(endpoint.forecast(_questions(config, rewriter, [], deque()), config.probe))
-
-
-def card(summary: dict[str, Any]) -> str:
-    """What stands in the folder, for whoever finds it (Markdown)."""
-    lines = [
-        "# Trigger-training data",
-        "",
-        f"{summary['rows']} rows in `train.jsonl`, made by `{summary['rewriter']}`.",
-    ]
-    for key, title in (("levels", "Levels"), ("kinds", "Kinds"), ("sources", "Sources")):
-        lines += ["", f"## {title}", "", "| | rows |", "|---|---|"]
-        lines += [f"| {name} | {n} |" for name, n in sorted(summary[key].items())]
-    share = summary["rejected"] / max(1, summary["rows"] + summary["rejected"])
-    lines += ["", f"## Rejected: {summary['rejected']} ({share:.1%})", ""]
-    lines += [f"- {n} × {reason}" for reason, n in summary["rejected_reasons"].items()]
-    if "bill" in summary:
-        bill = summary["bill"]
-        cost = "unknown" if bill["cost"] is None else f"{bill['cost']:.4f} USD"
-        lines += [
-            "",
-            "## Cost of this run",
-            "",
-            f"{bill['calls']} calls, {bill['input_tokens']} input and {bill['output_tokens']} output tokens, {cost}; "
-            f"{bill['from_ledger']} answers from the ledger. Prompts: `{summary['prompts'][:16]}`.",
-        ]
-    return "\n".join(lines) + "\n"

@@ -8,7 +8,8 @@ from typing import Any
 
 from neureasoner.data_builders.config import RolloutsConfig
 from neureasoner.data_builders.encoding import prompt_text
-from neureasoner.data_builders.families import extract_answer, family, score
+from neureasoner.data_builders.families import FAMILIES
+from neureasoner.data_builders.grading.grade import answer_of, grade
 from neureasoner.model_files import model_files
 from neureasoner.sampling import generation_config, left_padded
 from neureasoner.stages import StageFolder
@@ -64,7 +65,8 @@ def sample_rollouts(config: RolloutsConfig) -> dict[str, Any]:
 
     problems = list(islice(read_problems(config.problems), config.limit or None))
     for p in problems:  # an unreadable question should not cost a batch
-        family(p.family).parse(p.question)
+        if p.family in FAMILIES:
+            FAMILIES[p.family].parse(p.question)
     folder = StageFolder(config.out, "data rollouts", config, inputs=[config.problems, *model_files(config.model)])
     if folder.done:
         return folder.summary
@@ -100,7 +102,7 @@ def sample_rollouts(config: RolloutsConfig) -> dict[str, Any]:
             else:
                 traces = read_traces(part)
             done += len(batch)
-            right += sum(score(t.problem, extract_answer(t.response)) for t in traces if t.finished)
+            right += sum(grade(t.problem, answer_of(t.problem, t.response)) for t in traces if t.finished)
             bar.update(task, advance=len(batch), description=f"sampling ({right / done:.0%} right)")
     write_rows(folder.path / "traces.jsonl", (t for part in parts for t in read_traces(part)))
     if config.record:

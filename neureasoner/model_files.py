@@ -6,19 +6,21 @@ from pathlib import Path
 
 from neureasoner.errors import UserError
 
-TINY = Path(__file__).parent / "assets" / "tiny"
+ASSETS = Path(__file__).parent / "assets"
+# The tiny reasoner, and what `neureasoner run full` made of it: fine-tuned on triggers, with probes and a plan.
+SHIPPED = {name: ASSETS / name for name in ("tiny", "tiny-steered")}
 BIG = 1 << 28  # bytes; larger files are told apart by the fingerprint of the loaded weights
 
 
 def resolve(name: str) -> str:
-    """Folder or hub id behind ``name``; ``tiny`` is the shipped reasoner.
+    """Folder or hub id behind ``name``; ``tiny`` and ``tiny-steered`` are shipped.
 
-    Raises UserError if ``tiny`` is not packaged, or for a path that is no model folder.
+    Raises UserError if these are not packaged, or for a path that is no model folder.
     """
-    if name == "tiny":
-        if not (TINY / "config.json").is_file():
-            raise UserError("the shipped reasoner 'tiny' is not in this installation; name a model folder instead")
-        return str(TINY)
+    if name in SHIPPED:
+        if not (SHIPPED[name] / "config.json").is_file():
+            raise UserError(f"the shipped model '{name}' is not in this installation; name a model folder instead")
+        return str(SHIPPED[name])
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -29,10 +29,10 @@ from neureasoner.commands import COMMANDS, Command
 from neureasoner.config import closest, from_dict, read_mapping
 from neureasoner.errors import UserError
 from neureasoner.floor_config import RunConfig
-from neureasoner.model_files import model_files
+from neureasoner.model_files import SHIPPED, model_files
 from neureasoner.stages import MARK
 
-SHIPPED = ("configs/recipes/tiny", "configs/recipes")
+FOLDERS = ("configs/recipes/tiny", "configs/recipes")
 PACKAGED = Path(__file__).parent / "assets" / "recipes"
 RECORD = "run.json"
 
@@ -60,7 +60,7 @@ def find_recipe(name: str) -> Path:
         if not path.is_file():
             raise UserError(f"{name}: no such recipe file")
         return path
-    folders = [Path(f) for f in SHIPPED] + [PACKAGED]
+    folders = [Path(f) for f in FOLDERS] + [PACKAGED]
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
@@ -187,7 +187,7 @@ def _state(stage: Stage) -> str:
     files = [s for s in _strings(stage.settings) if len(s) < 1024 and "\n" not in s and Path(s).is_file()]
     marks = [str(mark)] if mark and mark.is_file() else []
     model = stage.settings.get("model")
-    if isinstance(model, str) and (model == "tiny" or (Path(model) / "config.json").is_file()):
+    if isinstance(model, str) and (model in SHIPPED or (Path(model) / "config.json").is_file()):
         marks += [str(f) for f in model_files(model)]
     return fingerprint(__version__, stage.launch, stage.settings, marks, file_fingerprint([*files, *marks]))
 

@@ -181,15 +181,21 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def read_records(path: str | Path, build: Callable[[dict[str, Any]], R], what: str) -> list[R]:
     """Read a jsonl file of records. Raises UserError with the line of the first bad row, or for an empty file."""
-    rows = []
+    return list(stream_records(path, build, what))
+
+
+def stream_records(path: str | Path, build: Callable[[dict[str, Any]], R], what: str) -> Iterator[R]:
+    """The records of a jsonl file, one in memory at a time. Raises as ``read_records``, when it comes to the row."""
+    empty = True
     for number, row in read_jsonl(path):
         try:
-            rows.append(build(row))
+            record = build(row)
         except UserError as e:
             raise UserError(f"{path}, line {number}: {e}") from None
-    if not rows:
+        empty = False
+        yield record
+    if empty:
         raise UserError(f"{path}: holds no {what}")
-    return rows
 
 
 def read_problems(path: str | Path) -> list[Problem]:
@@ -206,6 +212,11 @@ def read_problems(path: str | Path) -> list[Problem]:
 def read_traces(path: str | Path) -> list[Trace]:
     """Read a trace file (jsonl, one Trace a line)."""
     return read_records(path, trace_from_dict, "traces")
+
+
+def stream_traces(path: str | Path) -> Iterator[Trace]:
+    """As ``read_traces``, one trace in memory at a time."""
+    return stream_records(path, trace_from_dict, "traces")
 
 
 def write_rows(path: str | Path, rows: Iterable[Any]) -> None:

@@ -17,6 +17,12 @@ from neureasoner.errors import UserError
 from neureasoner.sites import Layout
 
 
+def check_targets(ids: Sequence[int], targets: Sequence[int]) -> None:
+    """Raises UserError unless there are targets and each is an index into ``ids`` with a token before it."""
+    if not len(targets) or min(targets) < 1 or max(targets) >= len(ids):
+        raise UserError(f"attribution needs targets from 1 to {len(ids) - 1}")
+
+
 def direct_scores(
     model: Any, ids: Sequence[int], targets: Sequence[int], layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,8 +34,7 @@ def direct_scores(
     layout = Layout.of(model)
     if not 0 <= layer < layout.n_layers:
         raise UserError(f"layer {layer} is out of range; this model has layers 0 to {layout.n_layers - 1}")
-    if not len(targets) or min(targets) < 1 or max(targets) >= len(ids):
-        raise UserError(f"attribution needs targets from 1 to {len(ids) - 1}")
+    check_targets(ids, targets)
     device = next(model.parameters()).device
     at = torch.as_tensor(targets, device=device) - 1
     tokens = torch.as_tensor(ids, device=device)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from neureasoner.errors import UserError
 
+ATTRIBUTIONS = ("depass", "direct")
 CANDIDATES = ["spectral", "entropy", "residual", "entropy+residual", "entropy+residual+spectral"]
 
 
@@ -29,6 +30,13 @@ class LocateConfig:
     nothinking: str = field(
         default="", metadata={"help": "judged NoThinking traces of the same problems (easy labels)"}
     )
+    mode: str = field(
+        default="depass",
+        metadata={
+            "help": "attribution: 'depass' follows writes through all blocks above, one backward pass per token of a "
+            "span; 'direct' takes the write at the token itself, one forward pass per span"
+        },
+    )
     layer: int = field(default=-1, metadata={"help": "block to look at, from 0; -1 is the middle one, L // 2"})
     neurons: int = field(default=32, metadata={"help": "neurons kept for intra and for instance"})
     heads: int = field(default=8, metadata={"help": "heads kept for inter (at most as many as a block has)"})
@@ -45,6 +53,8 @@ class LocateConfig:
     def __post_init__(self) -> None:
         for key in ("neurons", "heads", "first_steps", "max_traces", "batch_size"):
             _at_least(self, key, 1)
+        if self.mode not in ATTRIBUTIONS:
+            raise UserError(f"key 'mode' must be one of {', '.join(ATTRIBUTIONS)}, got '{self.mode}'")
         if not 0 < self.quantile <= 1:
             raise UserError(f"key 'quantile' must lie in (0, 1], got {self.quantile}")
         if self.layer < -1:

@@ -6,7 +6,7 @@ Only training problems of the split that ``probes fit`` will make are used, so t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from neureasoner.errors import UserError
 from neureasoner.model_files import model_files
 from neureasoner.probes.attribution import Selection, direct_scores, joint_worst_rank, ranks, select, worst_rank
 from neureasoner.probes.config import LocateConfig
+from neureasoner.probes.depass import depass_scores
 from neureasoner.probes.features import LEVELS
 from neureasoner.probes.labels import closed_steps, instance_labels, is_clean, labels_of, split_problems
 from neureasoner.sites import Layout
@@ -26,6 +27,7 @@ from neureasoner.stages import StageFolder
 from neureasoner.traces import Step, Trace, read_traces
 
 KIND = {"intra": "neuron", "inter": "head", "instance": "neuron"}
+SCORES = {"depass": depass_scores, "direct": direct_scores}
 SIMILAR = 0.5  # character 3-gram Jaccard of a repeated attempt
 Span = tuple[Trace, list[int]]  # a trace and target positions in its response
 
@@ -98,17 +100,19 @@ def spans(
     return build(failing), build(clean)
 
 
-def _worst(model: Any, side: Sequence[Span], layer: int, quantile: float, advance: Any) -> dict[str, np.ndarray]:
+def _worst(
+    model: Any, side: Sequence[Span], layer: int, config: LocateConfig, advance: Callable[[], None]
+) -> dict[str, np.ndarray]:
     """Worst ranks of every span: ``neuron [R, F]``, ``head [R, H]``, ``joint [R, F + H]``."""
     out: dict[str, list[np.ndarray]] = {"neuron": [], "head": [], "joint": []}
     for trace, targets in side:
         begin = len(trace.prompt_ids)
         ids = [*trace.prompt_ids, *trace.response_ids[: max(targets) + 1]]
-        scores = direct_scores(model, ids, [begin + t for t in targets], layer)
+        scores = SCORES[config.mode](model, ids, [begin + t for t in targets], layer)
         neurons, heads = (s.float().cpu().numpy() for s in scores)
-        out["neuron"].append(worst_rank(neurons, quantile))
-        out["head"].append(worst_rank(heads, quantile))
-        out["joint"].append(joint_worst_rank(neurons, heads, quantile))
+        out["neuron"].append(worst_rank(neurons, config.quantile))
+        out["head"].append(worst_rank(heads, config.quantile))
+        out["joint"].append(joint_worst_rank(neurons, heads, config.quantile))
         advance()
     return {k: np.stack(v) if v else np.zeros((0, 1)) for k, v in out.items()}
 
@@ -178,9 +182,7 @@ def locate(config: LocateConfig) -> dict[str, Any]:
             clean = clean if config.contrast else []
             used |= {t.problem.id for t, _ in failing + clean}
             kind = KIND[level]
-            bad, good = (
-                _worst(model, s, layer, config.quantile, lambda: bar.update(task, advance=1)) for s in (failing, clean)
-            )
+            bad, good = (_worst(model, s, layer, config, lambda: bar.update(task, advance=1)) for s in (failing, clean))
             wanted = config.heads if kind == "head" else config.neurons
             chosen = select(bad[kind], good[kind] if clean else None, wanted)
             out["levels"][level] = {"site": _site(kind, layer, chosen.indices), **asdict(chosen)}
@@ -206,7 +208,7 @@ def locate(config: LocateConfig) -> dict[str, Any]:
         "model": config.model,
         "fingerprint": fingerprint(model),
         "layer": layer,
-        "mode": "direct",
+        "mode": config.mode,
         "quantile": config.quantile,
         "contrast": config.contrast,
         "seed": config.seed,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from neureasoner.config import closest
-from neureasoner.data_builders.sources.answers import gold_of_chain
+from neureasoner.data_builders.grading.answers import gold_of_chain
 from neureasoner.data_builders.sources.rows import Unreadable, tidy
 from neureasoner.data_builders.sources.thoughts import (
     Thought,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from neureasoner.artifacts import file_fingerprint, fingerprint, write_json
+from neureasoner.data_builders.grading.verifier import MathVerifier, Verifier
 from neureasoner.data_builders.sources.benchmarks import INDEX_SUFFIX, benchmark_of, load_benchmarks
 from neureasoner.data_builders.sources.config import ImportConfig
 from neureasoner.data_builders.sources.conversion import IDS, REFERENCES, REMOVED, SET_ASIDE, Importer, parts
@@ -17,7 +18,6 @@ from neureasoner.data_builders.sources.formats import detect
 from neureasoner.data_builders.sources.output import PartFiles
 from neureasoner.data_builders.sources.readers import HubSet, RawRow, file_rows, hub_rows, input_files, is_hub
 from neureasoner.data_builders.sources.selection import Selector
-from neureasoner.data_builders.sources.verifier import MathVerifier, Verifier
 from neureasoner.errors import UserError
 from neureasoner.stages import StageFolder
 

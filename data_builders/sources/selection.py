@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from neureasoner.data_builders.grading.answers import final_answer
+from neureasoner.data_builders.grading.verifier import Verifier
 from neureasoner.data_builders.layouts import is_trigger_like
-from neureasoner.data_builders.sources.answers import final_answer
 from neureasoner.data_builders.sources.config import ImportConfig
 from neureasoner.data_builders.sources.decontaminate import BenchmarkIndex, Match
 from neureasoner.data_builders.sources.rows import SourceRow
-from neureasoner.data_builders.sources.verifier import Verifier
 
 # Text that the trigger SFT or a chat template gives a meaning of its own: as tokens it would not be text any more.
 _CONTROL = re.compile(

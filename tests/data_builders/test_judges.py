@@ -158,6 +158,16 @@ def test_a_question_no_family_can_read_is_refused_before_any_sampling(tmp_path: 
         sample_rollouts(RolloutsConfig(model="tiny", problems=str(tmp_path / "p.jsonl"), out=str(tmp_path / "r")))
 
 
+def test_problems_of_any_other_family_are_answered_too(tmp_path: Path, make_model, tiny_tokenizer, monkeypatch) -> None:
+    make_model("qwen3").save_pretrained(tmp_path / "m")
+    tiny_tokenizer.save_pretrained(tmp_path / "m")
+    write_rows(tmp_path / "p.jsonl", [Problem(str(n), "gsm8k", 1, "How many?", str(n)) for n in (7, 8)])
+    said = [*tiny_tokenizer("</think>\n\nSeven.\n#### 7").input_ids, tiny_tokenizer.eos_token_id]
+    monkeypatch.setattr("neureasoner.data_builders.rollouts.sample_batch", lambda *args: [said, said])
+    config = RolloutsConfig(model=str(tmp_path / "m"), problems=str(tmp_path / "p.jsonl"), out=str(tmp_path / "r"))
+    assert sample_rollouts(config) == {"n": 2, "accuracy": 0.5}
+
+
 def test_recorded_sites_are_checked_first_and_then_written(tmp_path: Path, make_model, tiny_tokenizer) -> None:
     make_model("qwen3").save_pretrained(tmp_path / "m")
     tiny_tokenizer.save_pretrained(tmp_path / "m")

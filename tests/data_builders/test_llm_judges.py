@@ -18,13 +18,10 @@ from neureasoner.data_builders.llm_judges import (
     CallSettings,
     LLMJudge,
     Unaskable,
-    boxed,
-    grade,
     inter_question,
     intra_question,
     loop_end,
     prompts_hash,
-    same_answer,
 )
 from neureasoner.data_builders.rollouts import build_trace
 from neureasoner.data_builders.schemas import ERROR_TYPES, LOOP_THEMES, SEVERITIES, InterAnswer, IntraAnswer
@@ -170,35 +167,6 @@ def test_a_loop_ends_with_its_last_like_paragraph() -> None:
     assert loop_end([a, b, *other[:6], a], 0) == 9, "what comes back later is another loop"
 
 
-@pytest.mark.parametrize(("text", "content"), [
-    ("so \\boxed{5}", "5"), ("\\boxed{1} then \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed{1} \\boxed{2", "1"),
-    ("none", None), ("\\boxed{" * 1000, None), ("\\boxed{}", ""),
-])  # fmt: skip
-def test_the_last_closed_box_is_read(text: str, content: str | None) -> None:
-    assert boxed(text) == content
-
-
-def test_free_answers_are_compared_as_mathematics() -> None:
-    free = Problem("m", "math", 1, "?", "\\frac{1}{2}")
-    assert grade(free, "0.5") and grade(free, "\\dfrac12") and not grade(free, "0.6") and not grade(free, None)
-    assert same_answer("(3, 4)", "(3,4)") and same_answer("x+1", "1+x") and same_answer("$12$", "12.")
-    assert same_answer("x^8+x^7+x^6+x^5+x^4+x^3+x^2+x+1", "1 + x + x^2 + x^3 + x^4 + x^5 + x^6 + x^7 + x^8")
-    assert grade(PROBLEM, "3 * 8 - 4") and not grade(PROBLEM, "3 + 8 - 4"), "embedded families have their own scorer"
-
-
-@pytest.mark.parametrize("hostile", [
-    "9^{9^{9^{9}}}", "9^{-9^{9}}", "9**9**9**9", "99999999!", "(x+1)^{99}(y+2)^{99}", "(" * 300, "{" * 300, "9" * 299,
-    "\\sqrt{" * 50, "\x00", "\ud800", "1" * 100_000, "\\frac{" * 30, "", "$", "\\sum_{i=1}^{999999999} i^{i}",
-])  # fmt: skip
-def test_hostile_answers_are_wrong_and_cost_no_time(hostile: str) -> None:
-    import time
-
-    start = time.monotonic()
-    assert not same_answer("5", hostile) and not same_answer(hostile, "5")
-    assert not grade(PROBLEM, hostile)
-    assert time.monotonic() - start < 5
-
-
 def test_the_judge_labels_like_the_exact_one(make) -> None:
     trace = make(STEPS)
     exact = ExactJudge().judge(trace)
@@ -261,6 +229,3 @@ def test_bad_traces_and_missing_parts_are_said(make, monkeypatch) -> None:
         inter_question(make(STEPS), CallSettings("m", max_characters=50))
     with pytest.raises(UserError, match="'t' occurs twice"):
         list(LLMJudge(SETTINGS, answering({}, seed=0)).label([make(STEPS), make(STEPS)]))
-    monkeypatch.setitem(__import__("sys").modules, "math_verify", None)
-    with pytest.raises(UserError, match="pip install math-verify"):
-        same_answer("1/2", "0.5")

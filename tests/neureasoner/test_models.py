@@ -55,7 +55,7 @@ def test_names_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("./absent", "/absent/model", "a/b/c"):
         with pytest.raises(UserError, match="no such model folder"):
             models.resolve(name)
-    monkeypatch.setattr(model_files, "TINY", tmp_path)
+    monkeypatch.setitem(model_files.SHIPPED, "tiny", tmp_path)
     with pytest.raises(UserError, match="'tiny' is not in this installation"):
         models.resolve("tiny")
     (tmp_path / "config.json").write_text("{}")

@@ -92,6 +92,7 @@ def fit_config(root, **more):
 def test_neurons_json(work):
     neurons = json.loads((work / "neurons" / "neurons.json").read_text())
     assert set(neurons["levels"]) == {"intra", "inter", "instance"} and neurons["layer"] == 1
+    assert neurons["mode"] == "depass"
     for level, kind, n in (("intra", "neuron", 6), ("inter", "head", 2), ("instance", "neuron", 6)):
         entry = neurons["levels"][level]
         assert entry["site"].startswith(f"{kind}:1[") and len(set(entry["indices"])) == n
@@ -174,7 +175,8 @@ def test_neurons_of_another_model_or_split_are_refused(work, make_model, tiny_to
 
 
 def test_a_control_that_overlaps_the_selection_is_said_to(work, tmp_path, capsys):
-    done = locate(locate_config(work, heads=3, out=str(tmp_path / "neurons")))
+    done = locate(locate_config(work, heads=3, mode="direct", out=str(tmp_path / "neurons")))
+    assert json.loads((tmp_path / "neurons" / "neurons.json").read_text())["mode"] == "direct"
     assert done["warnings"] == [w for w in done["warnings"] if "shares 2 of them" in w and "'heads' to at most 2" in w]
     assert len(done["warnings"]) == 1 and "warning: inter: 3 of a block's 4 heads" in capsys.readouterr().out
 

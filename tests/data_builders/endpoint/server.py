@@ -19,6 +19,7 @@ import random
 import re
 import time
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 MARKER = re.compile(r"\[\[(\w+)(?::(\d+))?\]\]")
@@ -77,6 +78,7 @@ class Api:
         self.batches: dict[str, dict[str, Any]] = {}
         self.log = os.open(options.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.number = 0
+        self.author = run_path(str(Path(__file__).with_name("author.py")))["reply"] if options.author else None
         # recorded answers: [[words that must all occur in the messages], text]
         self.recorded = json.loads(Path(options.answers).read_text(encoding="utf-8")) if options.answers else []
 
@@ -118,6 +120,8 @@ class Api:
         text = json.dumps({"verdict": ("good", "bad")[n % 2], "score": n % 1000, "why": words})
         said = "\n".join(m["content"] for m in self.messages(body))
         text = next((t for words, t in self.recorded if all(w in said for w in words)), text)
+        if self.author:
+            text = self.author(self.messages(body)) or text
         if fault == "empty":
             return "", "stop", ""
         if fault == "refusal":
@@ -327,6 +331,7 @@ async def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--log", default=os.devnull)
     parser.add_argument("--answers", default="")
+    parser.add_argument("--author", action="store_true", help="answer our own prompts mechanically (author.py)")
     parser.add_argument("--limit", action="append", default=[], help="NAME:AMOUNT/SECONDS[/window]")
     parser.add_argument("--fault", action="append", default=[], help="KIND:SHARE")
     parser.add_argument("--seed", type=int, default=0)

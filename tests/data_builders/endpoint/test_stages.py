@@ -19,6 +19,8 @@ from neureasoner.data_builders.problem_file import build_problems
 from neureasoner.data_builders.reconstruct import reconstruct, references
 from neureasoner.data_builders.rewriters import ExactRewriter, Rejected
 from neureasoner.data_builders.rollouts import sample_rollouts
+from neureasoner.data_builders.sources.config import ImportConfig
+from neureasoner.data_builders.sources.importer import import_corpus
 from neureasoner.errors import UserError
 from neureasoner.traces import read_traces
 
@@ -160,3 +162,38 @@ def test_bad_settings_are_refused_by_name() -> None:
         )
     with pytest.raises(UserError, match="'references' \\(imported\\)"):
         ReconstructConfig(out="o")
+
+
+def test_imported_references_are_judged_and_rewritten_by_a_mechanical_author(
+    tmp_path: Path, serve: Any, endpoint: Any
+) -> None:
+    """A whole job over imported rows; the author breaks a rule now and then and is told so (author.py)."""
+    rows = []
+    for i in range(30):
+        steps = [f"Let me see what {i} plus {k} gives in this case, it is {i + k}." for k in range(6)]
+        text = "<think>\n" + "\n\n".join(steps) + f"\n</think>\n\nIt is \\boxed{{{i + 5}}}."
+        turns = [{"from": "user", "value": f"What is {i} plus 5?"}, {"from": "assistant", "value": text}]
+        rows.append(json.dumps({"id": f"row-{i}", "conversations": turns, "answer": str(i + 5)}))
+    (tmp_path / "corpus.jsonl").write_text("\n".join(rows) + "\n")
+    import_corpus(ImportConfig(input=str(tmp_path / "corpus.jsonl"), out=str(tmp_path / "i")))
+    references = str(tmp_path / "i" / "references.jsonl")
+    server = serve("--author")
+    judged = judge_traces(
+        JudgeConfig(
+            references=references, tokenizer="tiny", out=str(tmp_path / "j"), judge="llm", endpoint=endpoint(server)
+        )
+    )
+    assert judged["n"] == 30 and judged["accuracy"] == 1 and 0 < judged["wrong_step"] < 1
+    for trace in read_traces(tmp_path / "j" / "traces.jsonl"):
+        assert trace.labels is not None and trace.finished and len(trace.steps) == 6
+        if trace.labels.intra.has_error:
+            quote = trace.response[slice(*trace.labels.intra.span)]  # type: ignore[misc]
+            assert quote == trace.labels.intra.first_error_step and quote in trace.response
+    made = reconstruct(
+        ReconstructConfig(
+            references=references, out=str(tmp_path / "d"), rewriter="llm", endpoint=endpoint(server), intra=1, inter=1
+        )
+    )
+    assert made["levels"]["intra"] == 30 and made["levels"]["inter"] == 30 and made["rejected"] == 0
+    assert made["bill"]["calls"] > 60, "some answers broke a rule and were asked for again"
+    assert {r.level for r in read_reconstructions(tmp_path / "d" / "train.jsonl")} == {"intra", "inter", "plain"}

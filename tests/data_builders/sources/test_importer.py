@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from neureasoner.data_builders.grading.verifier import MathVerifier, Verdict
 from neureasoner.data_builders.sources import conversion, importer
 from neureasoner.data_builders.sources.config import ImportConfig
 from neureasoner.data_builders.sources.importer import import_corpus
 from neureasoner.data_builders.sources.rows import read_sources
-from neureasoner.data_builders.sources.verifier import MathVerifier, Verdict
 from neureasoner.errors import UserError
 
 OUTPUTS = ("references.jsonl", "removed.jsonl", "set_aside.jsonl", "summary.json")

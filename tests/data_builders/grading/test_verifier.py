@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from neureasoner.data_builders.sources import verifier as module
-from neureasoner.data_builders.sources.verifier import MathVerifier, Verdict
+from neureasoner.data_builders.grading import verifier as module
+from neureasoner.data_builders.grading.verifier import MathVerifier, Verdict
 from neureasoner.errors import UserError
 
 # A stand-in for the worker: it answers "wrong", hangs or dies as the gold answer says.

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import IO, NamedTuple, Protocol
 
-from neureasoner.data_builders.sources.answers import MAX_ANSWER, final_answer, gold_answer, quick
+from neureasoner.data_builders.grading.answers import MAX_ANSWER, final_answer, gold_answer, quick
 from neureasoner.errors import UserError
 
 _START = 120.0  # seconds a worker may take to import its libraries
@@ -74,9 +74,9 @@ class MathVerifier:
 
     def __init__(self, workers: int = 1, timeout: float = 10.0, command: Sequence[str] | None = None):
         if command is None and importlib.util.find_spec("math_verify") is None:
-            raise UserError("selecting correct rows needs math-verify; `pip install math-verify`, or set select: all")
+            raise UserError("comparing free answers needs math-verify; `pip install math-verify`")
         self.timeout = timeout
-        self.command = command or [sys.executable, "-m", "neureasoner.data_builders.sources.verify_worker"]
+        self.command = command or [sys.executable, "-m", "neureasoner.data_builders.grading.verify_worker"]
         self._n = workers
         self._workers: list[_Worker] = []
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neureasoner.data_builders.sources.answers import (
+from neureasoner.data_builders.grading.answers import (
     final_answer,
     gold_answer,
     last_boxed,

@@ -1,0 +1,1 @@
+"""Final answers: where they stand, and whether they are right. Knows nothing of judges, corpora or arms."""

@@ -1,0 +1,53 @@
+"""Grading: the family's scorer or algebra, and nothing an answer holds stops it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from neureasoner.data_builders.grading import grade as module
+from neureasoner.data_builders.grading.grade import answer_of, grade, same_answer
+from neureasoner.errors import UserError
+from neureasoner.traces import Problem
+
+GAME = Problem("c-1", "countdown", 1, "Use 3, 4 and 8, each exactly once, with + - * / to reach 20.", "8 * 3 - 4")
+FREE = Problem("m", "math", 1, "?", "\\frac{1}{2}")
+
+
+@pytest.mark.parametrize(("response", "answer"), [
+    ("thinking \\boxed{3}</think>\n\nso \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+    ("</think>\n\nSo it is half.\n#### 1/2", "1/2"), ("</think>\n\nIt is half.", None), ("</think>\\boxed{1", None),
+])  # fmt: skip
+def test_a_free_answer_must_be_marked(response: str, answer: str | None) -> None:
+    assert answer_of(FREE, response) == answer
+
+
+def test_free_answers_are_compared_as_mathematics() -> None:
+    pytest.importorskip("math_verify")
+    assert grade(FREE, "0.5") and grade(FREE, "\\dfrac12") and not grade(FREE, "0.6") and not grade(FREE, None)
+    assert same_answer("(3, 4)", "(3,4)") and same_answer("x+1", "1+x") and same_answer("$12$", "12.")
+    assert same_answer("x^8+x^7+x^6+x^5+x^4+x^3+x^2+x+1", "1 + x + x^2 + x^3 + x^4 + x^5 + x^6 + x^7 + x^8")
+    assert same_answer("B", "\\text{(B)}") and not same_answer("B", "C")
+
+
+def test_embedded_families_have_their_own_scorer() -> None:
+    assert grade(GAME, "3 * 8 - 4") and not grade(GAME, "3 + 8 - 4") and answer_of(GAME, "</think>\\boxed{1}") == "1"
+
+
+@pytest.mark.parametrize("hostile", [
+    "9^{9^{9^{9}}}", "99999999!", "(" * 290, "9" * 299, "\\sqrt{" * 49, "\x00", "\ud800", "1" * 100_000, "", "$",
+])  # fmt: skip
+def test_hostile_answers_are_wrong_and_end(hostile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(module._verifier(), "timeout", 1.0)
+    begin = time.monotonic()
+    assert not same_answer("5", hostile) and not grade(GAME, hostile)
+    assert time.monotonic() - begin < 30  # a second of algebra; the rest is a new process
+
+
+def test_a_missing_library_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    module._verifier.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "math_verify", None)
+    with pytest.raises(UserError, match="pip install math-verify"):
+        same_answer("1/2", "0.5")
