@@ -71,12 +71,15 @@ class Session:
             await asyncio.sleep(pause)
             pause = min(2 * pause, LOOK[1])
         kept = False
-        try:
-            answer = await self.caller.call(request)
+
+        def keep(answer: Answer) -> asyncio.Future[Answer]:
             # handed in without a pause for thought, so that no cancellation can come between
-            keeping = self.desk.write(lambda ledger: self._keep(ledger, key, request, answer))
+            nonlocal kept
             kept = True
-            return await keeping, True
+            return self.desk.write(lambda ledger: self._keep(ledger, key, request, answer))
+
+        try:
+            return await self.caller.call(request, keep), True
         finally:
             if not kept:
                 self.desk.write(lambda ledger: ledger.release(key))

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections import deque
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +68,12 @@ class Caller:
             self.stop.set()
         return self.fatal
 
-    async def call(self, request: Request) -> Answer:
-        """The endpoint's answer. Raises Lost, Stopped (no money left) or UserError (nothing will be answered)."""
+    async def call(self, request: Request, keep: Callable[[Answer], Awaitable[Answer]] | None = None) -> Answer:
+        """The endpoint's answer. Raises Lost, Stopped (no money left) or UserError (nothing will be answered).
+
+        A call counts as under way until ``keep`` is done with its answer, so that a killed process loses no more paid
+        answers than ``concurrency``.
+        """
         # the first request finds out what the server takes; the others need not run into the same refusals
         scout = self._scout is None
         if self._scout is None:
@@ -76,18 +81,20 @@ class Caller:
         elif not self._scout.is_set():
             await self._scout.wait()
         try:
-            return await self._call(request)
+            return await self._call(request, keep)
         finally:
             if scout:
                 self._scout.set()
 
-    async def _call(self, request: Request) -> Answer:
+    async def _call(self, request: Request, keep: Callable[[Answer], Awaitable[Answer]] | None) -> Answer:
         trial: wire.Shape | None = None
         failed = limited = 0
         while True:
             shape = trial or self.shape
             async with self._slots:
                 answer, fault = await self._once(request, shape)
+                if answer is not None and keep is not None:
+                    answer = await keep(answer)
             if answer is not None:
                 if request.schema is not None and not self._proven:
                     self.shape, self._proven = shape, True

@@ -11,6 +11,7 @@ import pytest
 
 from neureasoner.data_builders.endpoint.asker import ask_all
 from neureasoner.data_builders.endpoint.attempts import is_lost
+from neureasoner.data_builders.endpoint.ledger import Ledger
 from neureasoner.data_builders.endpoint.requests import Message, Question, Request
 from neureasoner.data_builders.endpoint.tally import Stopped, Tally
 from neureasoner.errors import UserError
@@ -33,6 +34,22 @@ def test_an_answer_is_asked_for_once_and_a_change_costs_only_what_changed(serve,
     assert len(values(ask_all(changed, config))) == 21
     assert sorted(server.asked().values()) == [1] * 24
     assert sum(r["event"] == "answered" for r in server.rows()) == 24
+
+
+def test_what_a_kill_could_lose_is_bounded_however_slow_the_disk(serve, make_config, ask_for, monkeypatch) -> None:
+    """A call counts as under way until its answer is kept: on a slow disk no further calls pile up behind it."""
+    server, kept, lost = serve(), [0], []
+    put = Ledger.put
+
+    def slowly(self: Ledger, *args: Any, **kwargs: Any) -> None:
+        time.sleep(0.03)
+        lost.append(len(server.rows("call")) - kept[0])
+        put(self, *args, **kwargs)
+        kept[0] += 1
+
+    monkeypatch.setattr(Ledger, "put", slowly)
+    assert len(list(ask_all(ask_for(60), make_config(server, concurrency=4)))) == 60
+    assert max(lost) <= 4
 
 
 def test_outcomes_come_in_order_and_do_not_depend_on_faults(serve, make_config, ask_for, tmp_path) -> None:
