@@ -57,7 +57,7 @@ def traces_of(config: JudgeConfig) -> Iterator[Trace]:
     from neureasoner.models import load_tokenizer
 
     tokenizer = load_tokenizer(config.tokenizer)
-    ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+    ids = lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids  # noqa: E731
     for row in read_sources(config.references):
         end = [tokenizer.eos_token_id] if row.closed and row.finished else []
         prompt = ids(prompt_text(tokenizer, row.question))

@@ -3,7 +3,8 @@
     python server.py --log requests.jsonl --limit requests:100/1 --fault 500:0.05 --seed 1
 
 Prints its port. Answers are a function of the request. Faults come from the command line (``--fault KIND:SHARE``) or
-from a marker in the first user message: ``[[KIND]]`` always, ``[[KIND:2]]`` the first two times. Standard library only.
+from a marker in the first user message: ``[[KIND]]`` always, ``[[KIND:2]]`` the first two times. Standard library only
+(``--model`` apart).
 """
 
 from __future__ import annotations
@@ -79,6 +80,12 @@ class Api:
         self.log = os.open(options.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.number = 0
         self.author = run_path(str(Path(__file__).with_name("author.py")))["reply"] if options.author else None
+        self.model: Any = None
+        if options.model:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            self.model = AutoModelForCausalLM.from_pretrained(options.model)
+            self.tokenizer = AutoTokenizer.from_pretrained(options.model)
         # recorded answers: [[words that must all occur in the messages], text]
         self.recorded = json.loads(Path(options.answers).read_text(encoding="utf-8")) if options.answers else []
 
@@ -120,6 +127,8 @@ class Api:
         text = json.dumps({"verdict": ("good", "bad")[n % 2], "score": n % 1000, "why": words})
         said = "\n".join(m["content"] for m in self.messages(body))
         text = next((t for words, t in self.recorded if all(w in said for w in words)), text)
+        if self.model:
+            text = self.generated(body)
         if self.author:
             text = self.author(self.messages(body)) or text
         if fault == "empty":
@@ -137,6 +146,17 @@ class Api:
         if fault == "leak":
             return text[:-2] + f' {self.o.canary}"}}', "stop", ""
         return text, "stop", ""
+
+    def generated(self, body: dict[str, Any]) -> str:
+        """What a real model says, greedily; one request after the other."""
+        cap = body.get("max_completion_tokens") or body.get("max_tokens") or 64
+        ids = self.tokenizer.apply_chat_template(
+            self.messages(body), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        room = self.model.config.max_position_embeddings
+        ids = {k: v[:, -(room - cap) :] for k, v in ids.items()}
+        out = self.model.generate(**ids, max_new_tokens=cap, do_sample=False)
+        return str(self.tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
 
     def complete(self, path: str, body: dict[str, Any], digest: str, fault: str) -> dict[str, Any]:
         text, finish, refusal = self.answer(body, digest, fault)
@@ -331,6 +351,7 @@ async def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--log", default=os.devnull)
     parser.add_argument("--answers", default="")
+    parser.add_argument("--model", default="", help="answer with this model folder instead (needs transformers)")
     parser.add_argument("--author", action="store_true", help="answer our own prompts mechanically (author.py)")
     parser.add_argument("--limit", action="append", default=[], help="NAME:AMOUNT/SECONDS[/window]")
     parser.add_argument("--fault", action="append", default=[], help="KIND:SHARE")
