@@ -55,6 +55,7 @@ class Budget:
         self._end: float | None = None
         self._strange = 0
         self._before: tuple[float, float, Mark] | None = None
+        self._lowest = UNKNOWN  # told in this window
 
     def advance(self, now: float) -> None:
         """Let the counter fill up to ``now``."""
@@ -70,7 +71,7 @@ class Budget:
         elif now >= self.window_end + SLACK:
             # when the next window ends is not known yet; the next reply tells
             self.level, self.window_end, self._end = self.limit, UNKNOWN, None
-            self._epoch += 1
+            self._epoch, self._lowest = self._epoch + 1, UNKNOWN
 
     def wait(self, cost: float, now: float) -> float:
         """Seconds until ``cost`` may be spent; 0: now."""
@@ -116,11 +117,18 @@ class Budget:
                 # the first call goes alone: all that is used is its own, or somebody else's, and then this is careful
                 self.ratio = min(max(used / cost, 0.05), 20.0)
             self.level = min(told.remaining - (self._sent - mark.sent) * self.ratio, self.limit)
-        elif mark.level != UNKNOWN and mark.epoch == self._epoch:
+        if mark.epoch == self._epoch:
+            self._lowest = min(self._lowest, told.remaining)
+        if not first and mark.level != UNKNOWN and mark.epoch == self._epoch:
             if self._learn_ratio:
                 self._learn_count(told.remaining, mark, sent_at)
             self._correct(told.remaining, mark)
         self._before = (told.remaining, sent_at, mark)
+
+    def settle(self) -> None:
+        """No call is under way: of a window, the lowest number told is what is left, whoever overtook whom before."""
+        if self.window_end is not None and self._lowest != UNKNOWN:
+            self.level = max(self.level, min(self._lowest, self.limit))
 
     def _correct(self, remaining: float, mark: Mark) -> None:
         off, done = remaining - mark.level, self._corrected - mark.corrected

@@ -66,6 +66,9 @@ class Pace:
             self.tokens.learn(limits.tokens, ticket.marks[1], ticket.tokens, ticket.sent_at, now)
             self._went.append(now)
             self.width += 1
+            if not self.flying:
+                self.requests.settle()
+                self.tokens.settle()
             return 0.0
         pause = PAUSE if limits.retry_after is None else limits.retry_after
         self.quiet_until = max(self.quiet_until, now + pause)

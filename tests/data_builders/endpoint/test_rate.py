@@ -191,3 +191,19 @@ def test_a_real_server_that_tells_its_limit(limit: str, serve, make_config, ask_
     used, granted = calls[-1]["budgets"][limit.partition(":")[0]]
     window = 20 if "window" not in limit else 40
     assert used >= 0.85 * granted - (window if "window" in limit else 0), (used, granted)
+
+
+def test_calls_that_overtook_each_other_leave_nothing_of_a_window_unused() -> None:
+    """When all are back, the lowest number told is what is left; calls seen out of order had made it look like less."""
+    pace, now = Pace(), 0.0
+    told = lambda left, at: Limits(requests=Told(100, left, 10.0 - at))  # noqa: E731
+    pace.land(pace.go(0.0, now), 0.1, told(99, 0.1))
+    first = [pace.go(0.0, 0.2 + i / 1000) for i in range(60)]
+    order = [*range(20, 40), *range(20), *range(40, 60)]  # the second twenty are counted before the first twenty
+    for place, i in enumerate(order):
+        pace.land(first[i], 0.4 + place / 1000, told(98 - place, 0.4))
+    more = 0
+    while pace.wait(0.0, 1.0) == 0:
+        pace.go(0.0, 1.0)
+        more += 1
+    assert 37 <= more <= 39, "39 are left, of which one in a hundred is kept in reserve"
