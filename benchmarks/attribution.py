@@ -28,9 +28,9 @@ import numpy as np
 import torch
 
 from neureasoner.models import default_device, load
-from neureasoner.probes.depass import depass_scores
-from neureasoner.probes.depass_forward import propagate
-from neureasoner.probes.frozen import Recording
+from neureasoner.probes.attribution.depass import depass_scores
+from neureasoner.probes.attribution.depass_forward import propagate
+from neureasoner.probes.attribution.frozen import Recording
 from neureasoner.sites import Layout
 
 SMOLLM2_135M = {

@@ -23,7 +23,7 @@ from neureasoner.inference.controller import Controller
 from neureasoner.inference.plan import Action, Plan, Rule, Trigger
 from neureasoner.inference.steered import encode_prompt, generate_batch
 from neureasoner.models import fingerprint, load
-from neureasoner.probes.detector import Probe
+from neureasoner.probes.detectors.probe import Probe
 from neureasoner.probes.features import FeatureSet
 from neureasoner.sites import Layout
 

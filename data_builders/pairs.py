@@ -322,7 +322,7 @@ def make_pairs(config: PairsConfig, judge: Judge | None = None) -> dict[str, Any
         raise UserError(f"no pair was found ({dict(total)}); give more problems, samples or tries")
     write_rows(folder.path / "pairs.jsonl", pairs)
     if config.record:
-        from neureasoner.probes.record import record_to
+        from neureasoner.probes.recording.record import record_to
 
         both = [t for p in pairs for t in (p.failing, p.clean)]
         record_to(folder.path / "records", model, tokenizer, both, config.record)

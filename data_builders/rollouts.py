@@ -106,7 +106,7 @@ def sample_rollouts(config: RolloutsConfig) -> dict[str, Any]:
             bar.update(task, advance=len(batch), description=f"sampling ({right / done:.0%} right)")
     write_rows(folder.path / "traces.jsonl", (t for part in parts for t in read_traces(part)))
     if config.record:
-        from neureasoner.probes.record import record_to  # heavy, and only needed here
+        from neureasoner.probes.recording.record import record_to  # heavy, and only needed here
 
         record_to(folder.path / "records", model, tokenizer, read_traces(folder.path / "traces.jsonl"), config.record)
     summary = folder.finish({"n": len(jobs), "accuracy": round(right / max(1, done), 4)})

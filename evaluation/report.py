@@ -96,7 +96,7 @@ def _probe_figures(results: Mapping[str, Any], probes_results: str) -> dict[str,
 
 def _roc(file: Path, level: str) -> str:
     from neureasoner.artifacts import read_tensors
-    from neureasoner.probes.metrics import roc
+    from neureasoner.probes.detectors.metrics import roc
 
     tensors, curves = read_tensors(file)[0], []
     for name in ("chosen", "paper", "random", "length"):

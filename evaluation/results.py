@@ -58,7 +58,7 @@ def command_line() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    from neureasoner.probes.detector import git_revision
+    from neureasoner.probes.detectors.probe import git_revision
 
     found = {"neureasoner": __version__, "git": git_revision(), "python": platform.python_version()}
     for package in ("torch", "transformers", "numpy"):

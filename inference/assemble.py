@@ -86,7 +86,7 @@ def _build(config: AssembleConfig, plan: Plan, found: list[str], source: Path, o
 
     from neureasoner.inference.controller import Controller
     from neureasoner.models import fingerprint, load, resolve
-    from neureasoner.probes.detector import Probe
+    from neureasoner.probes.detectors.probe import Probe
 
     accept: list[str] = []
     if config.base:

@@ -48,7 +48,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, nothinking: bool = False) -> l
 
 def load_probes(plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The probes a plan names, by the name it uses. Raises UserError naming a missing file."""
-    from neureasoner.probes.detector import Probe
+    from neureasoner.probes.detectors.probe import Probe
 
     probes = dict(known or {})
     for name in plan.probe_paths:

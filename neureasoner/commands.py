@@ -33,7 +33,7 @@ def _data(help: str, config: str, module: str, function: str) -> Command:
 
 
 def _probes(help: str, config: str, module: str) -> Command:
-    return Command(help, "probes.config", config, f"probes.{module}", module)
+    return Command(help, "probes.config", config, f"probes.{module}", module.rsplit(".", 1)[-1])
 
 
 COMMANDS: dict[str, Command] = {
@@ -58,9 +58,9 @@ COMMANDS: dict[str, Command] = {
         "import_corpus",
     ),
     "data inspect": _data("look at problems, traces or training rows", "InspectConfig", "inspect", "inspect"),
-    "probes locate": _probes("find the neurons of each failure", "LocateConfig", "locate"),
-    "probes fit": _probes("train the failure detectors", "FitConfig", "fit"),
-    "probes report": _probes("table and figures of the detectors", "ReportConfig", "report"),
+    "probes locate": _probes("find the neurons of each failure", "LocateConfig", "attribution.locate"),
+    "probes fit": _probes("train the failure detectors", "FitConfig", "detectors.fit"),
+    "probes report": _probes("table and figures of the detectors", "ReportConfig", "detectors.report"),
     "training sft": Command(
         "teach a model its trigger tokens (accelerate launch training/sft.py)",
         "training.sft_config",

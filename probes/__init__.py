@@ -1,1 +1,1 @@
-"""Recording, neuron selection, spectral features and the detectors fitted on them."""
+"""Recording, attribution, spectral features and the detectors fitted on them."""

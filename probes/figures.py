@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from neureasoner.probes.metrics import roc
-from neureasoner.probes.record import record
+from neureasoner.probes.detectors.metrics import roc
+from neureasoner.probes.recording.record import record
 from neureasoner.traces import Trace
 
 COLOURS = {"chosen": "#1b6ca8", "paper": "#e08e0b", "random": "#999999", "length": "#bbbbbb"}

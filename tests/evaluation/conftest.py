@@ -16,7 +16,7 @@ from neureasoner.data_builders.problem_file import make_problems
 from neureasoner.evaluation.config import EvaluateConfig
 from neureasoner.inference.plan import Plan
 from neureasoner.models import fingerprint
-from neureasoner.probes.detector import Probe
+from neureasoner.probes.detectors.probe import Probe
 from neureasoner.probes.features import FeatureSet
 from neureasoner.steps import Separators
 from neureasoner.traces import write_rows

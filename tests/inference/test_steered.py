@@ -19,7 +19,7 @@ from neureasoner.inference.generate import generate
 from neureasoner.inference.plan import Plan
 from neureasoner.inference.steered import NO_THINKING, SteeredModel, encode_prompt
 from neureasoner.models import fingerprint
-from neureasoner.probes.detector import Probe
+from neureasoner.probes.detectors.probe import Probe
 from neureasoner.probes.features import FeatureSet
 from neureasoner.traces import Problem, read_traces, write_rows
 

@@ -9,9 +9,17 @@ import torch
 from neureasoner.artifacts import read_json, write_json
 from neureasoner.errors import UserError
 from neureasoner.models import fingerprint
-from neureasoner.probes.detector import Probe
+from neureasoner.probes.detectors.metrics import (
+    auroc,
+    bootstrap_draws,
+    interval,
+    ratio,
+    roc,
+    threshold_for,
+    weighted_auroc,
+)
+from neureasoner.probes.detectors.probe import Probe
 from neureasoner.probes.features import FeatureSet
-from neureasoner.probes.metrics import auroc, bootstrap_draws, interval, ratio, roc, threshold_for, weighted_auroc
 
 
 def data(n=400, d=16, seed=0):

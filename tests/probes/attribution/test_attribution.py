@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neureasoner.errors import UserError
-from neureasoner.probes.attribution import direct_scores, joint_worst_rank, ranks, select, worst_rank
+from neureasoner.probes.attribution.direct import direct_scores
+from neureasoner.probes.attribution.selection import joint_worst_rank, ranks, select, worst_rank
 from neureasoner.sites import Layout
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from neureasoner.errors import UserError
-from neureasoner.probes.record import load_series, record, record_to
+from neureasoner.probes.recording.record import load_series, record, record_to
 from neureasoner.sites import read_sites
 from neureasoner.traces import Problem, Trace
 
@@ -65,7 +65,7 @@ def test_batch_equals_single_and_thinking_only(make_model, tiny_tokenizer):
 def test_chunked_logits_are_the_same(make_model, tiny_tokenizer, monkeypatch):
     model, traces = make_model(), make_traces(tiny_tokenizer)
     want = list(record(model, tiny_tokenizer, traces, ["logits"]))
-    monkeypatch.setattr("neureasoner.probes.record.CHUNK", 1)
+    monkeypatch.setattr("neureasoner.probes.recording.record.CHUNK", 1)
     for a, b in zip(want, record(model, tiny_tokenizer, traces, ["logits"]), strict=True):
         np.testing.assert_allclose(a["logits"], b["logits"], atol=1e-5)
 

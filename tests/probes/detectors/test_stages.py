@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from neureasoner.errors import UserError
-from neureasoner.probes import dataset
+from neureasoner.probes.attribution.locate import locate, loop_openings
 from neureasoner.probes.config import FitConfig, LocateConfig, ReportConfig
-from neureasoner.probes.detector import Probe
-from neureasoner.probes.fit import fit
-from neureasoner.probes.locate import locate, loop_openings
-from neureasoner.probes.report import report
+from neureasoner.probes.detectors import tables
+from neureasoner.probes.detectors.fit import fit
+from neureasoner.probes.detectors.probe import Probe
+from neureasoner.probes.detectors.report import report
 from neureasoner.steps import segment
 from neureasoner.traces import InterLabel, IntraLabel, Labels, Problem, Trace, write_rows
 
@@ -142,7 +142,7 @@ def test_a_finished_fit_returns_at_once_and_other_settings_are_refused(work, mon
 
 
 def test_promise_9_a_killed_fit_goes_on_where_it_stopped(work, monkeypatch, tmp_path):
-    real, calls = dataset.record, []
+    real, calls = tables.record, []
 
     def counting(model, tokenizer, traces, *rest, **more):
         calls.append(len(traces))
@@ -150,7 +150,7 @@ def test_promise_9_a_killed_fit_goes_on_where_it_stopped(work, monkeypatch, tmp_
             raise KeyboardInterrupt
         return real(model, tokenizer, traces, *rest, **more)
 
-    monkeypatch.setattr(dataset, "record", counting)
+    monkeypatch.setattr(tables, "record", counting)
     config = fit_config(work, out=str(tmp_path / "fit"), candidates=["entropy"], inter=[2], epochs=2)
     with pytest.raises(KeyboardInterrupt):
         fit(config)

@@ -17,7 +17,7 @@ from neureasoner.artifacts import read_tensors, write_tensors
 from neureasoner.probes.config import FitConfig
 from neureasoner.probes.features import FeatureSet
 from neureasoner.probes.labels import samples
-from neureasoner.probes.record import record
+from neureasoner.probes.recording.record import record
 from neureasoner.traces import Trace
 
 SHARD = 64  # traces

@@ -17,8 +17,9 @@ from neureasoner.artifacts import read_json, write_json, write_tensors
 from neureasoner.errors import UserError
 from neureasoner.model_files import model_files
 from neureasoner.probes.config import FitConfig
-from neureasoner.probes.dataset import Table, build_tables
-from neureasoner.probes.detector import Probe, git_revision
+from neureasoner.probes.detectors.metrics import auroc, bootstrap_draws, interval, ratio, threshold_for, weighted_auroc
+from neureasoner.probes.detectors.probe import Probe, git_revision
+from neureasoner.probes.detectors.tables import Table, build_tables
 from neureasoner.probes.features import LEVELS, FeatureSet
 from neureasoner.probes.labels import (
     SPLITS,
@@ -29,7 +30,6 @@ from neureasoner.probes.labels import (
     solving_rates,
     split_problems,
 )
-from neureasoner.probes.metrics import auroc, bootstrap_draws, interval, ratio, threshold_for, weighted_auroc
 from neureasoner.stages import StageFolder
 from neureasoner.traces import Trace, read_traces
 
@@ -350,7 +350,7 @@ def fit(config: FitConfig) -> dict[str, Any]:
     }
     write_json(folder.path / "split.json", split)
     write_json(folder.path / "results.json", summary)
-    from neureasoner.probes.report import print_table
+    from neureasoner.probes.detectors.report import print_table
 
     print_table(summary)
     folder.finish(summary)

@@ -19,8 +19,8 @@ from torch import nn
 from neureasoner import __version__
 from neureasoner.artifacts import file_fingerprint, read_json, read_tensors, write_json, write_tensors
 from neureasoner.errors import UserError
+from neureasoner.probes.detectors.metrics import auroc
 from neureasoner.probes.features import BACKEND, EPS, FeatureSet
-from neureasoner.probes.metrics import auroc
 from neureasoner.sites import Site
 
 SCHEMA = 1

@@ -16,8 +16,8 @@ import torch
 from torch.nn.functional import linear
 
 from neureasoner.errors import UserError
-from neureasoner.probes.attribution import check_targets
-from neureasoner.probes.frozen import FrozenBlock, Recording, default_chunk, norm_scale, tiles
+from neureasoner.probes.attribution.direct import check_targets
+from neureasoner.probes.attribution.frozen import FrozenBlock, Recording, default_chunk, norm_scale, tiles
 from neureasoner.sites import Layout, Site
 
 MODES = ("linear", "softmax")

@@ -9,11 +9,11 @@ import torch
 from torch.nn.functional import linear, silu
 
 from neureasoner.errors import UserError
-from neureasoner.probes import frozen, locate
-from neureasoner.probes.attribution import direct_scores
+from neureasoner.probes.attribution import frozen, locate
+from neureasoner.probes.attribution.depass import decompose, depass_scores
+from neureasoner.probes.attribution.depass_forward import propagate
+from neureasoner.probes.attribution.direct import direct_scores
 from neureasoner.probes.config import ATTRIBUTIONS, LocateConfig
-from neureasoner.probes.depass import decompose, depass_scores
-from neureasoner.probes.depass_forward import propagate
 from neureasoner.sites import Layout
 
 ARCHS = {

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from neureasoner.errors import UserError
-from neureasoner.probes.attribution import check_targets
-from neureasoner.probes.frozen import FrozenBlock, Recording, default_chunk, norm_scale, tiles
+from neureasoner.probes.attribution.direct import check_targets
+from neureasoner.probes.attribution.frozen import FrozenBlock, Recording, default_chunk, norm_scale, tiles
 
 
 @dataclass

@@ -17,9 +17,10 @@ from neureasoner import __version__
 from neureasoner.artifacts import write_json
 from neureasoner.errors import UserError
 from neureasoner.model_files import model_files
-from neureasoner.probes.attribution import Selection, direct_scores, joint_worst_rank, ranks, select, worst_rank
+from neureasoner.probes.attribution.depass import depass_scores
+from neureasoner.probes.attribution.direct import direct_scores
+from neureasoner.probes.attribution.selection import Selection, joint_worst_rank, ranks, select, worst_rank
 from neureasoner.probes.config import LocateConfig
-from neureasoner.probes.depass import depass_scores
 from neureasoner.probes.features import LEVELS
 from neureasoner.probes.labels import closed_steps, instance_labels, is_clean, labels_of, split_problems
 from neureasoner.sites import Layout

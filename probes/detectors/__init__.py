@@ -1,0 +1,1 @@
+"""From recorded features to scores: estimators, thresholds, splits, figures and controls."""
