@@ -13,7 +13,7 @@ Instance pairs need no rewinding: the first K steps on an easy and on a hard pro
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,42 +24,12 @@ from neureasoner.data_builders.pairs_config import PairsConfig
 from neureasoner.data_builders.rollouts import build_trace
 from neureasoner.errors import UserError
 from neureasoner.model_files import model_files
+from neureasoner.pairs import Pair, pair_from_dict
+from neureasoner.probes.labels import failure, instance_pairs
 from neureasoner.sampling import generation_config, left_padded
 from neureasoner.stages import StageFolder
 from neureasoner.steps import Separators, StepSegmenter
 from neureasoner.traces import Problem, Trace, read_problems, read_records, read_traces, write_rows
-
-
-@dataclass
-class Pair:
-    """Two continuations. ``failing`` and ``clean`` are whole traces that agree up to ``prefix`` response tokens.
-
-    ``steps``: how many steps each continuation holds. ``tries``: continuations drawn until a clean one. For
-    ``level == "instance"`` the traces answer different problems (``failing`` the hard one), ``prefix`` is 0.
-    """
-
-    id: str
-    level: str
-    prefix: int
-    steps: int
-    tries: int
-    failing: Trace
-    clean: Trace
-
-
-def pair_from_dict(row: dict[str, Any]) -> Pair:
-    """Inverse of ``dataclasses.asdict``. Raises UserError naming what is missing."""
-    from neureasoner.traces import trace_from_dict
-
-    missing = {"id", "level", "prefix", "steps", "tries", "failing", "clean"} - set(row)
-    if missing:
-        raise UserError(f"not a pair: missing keys {sorted(missing)}")
-    return Pair(**{**row, "failing": trace_from_dict(row["failing"]), "clean": trace_from_dict(row["clean"])})
-
-
-def read_pairs(path: str | Path) -> list[Pair]:
-    """Read ``pairs.jsonl``. Raises UserError with the line number of the first bad row, or for an empty file."""
-    return read_records(path, pair_from_dict, "pairs")
 
 
 @dataclass
@@ -183,15 +153,6 @@ class Writer:
         return build_trace(self.tokenizer, row.problem, row.name, row.prompt, response)
 
 
-def failure(trace: Trace, level: str) -> tuple[int, int] | None:
-    """``(first step, one past last)`` of the judged failure of a level, or None."""
-    assert trace.labels is not None
-    if level == "intra":
-        step = trace.labels.intra.step if trace.labels.intra.has_error else None
-        return None if step is None else (step, step + 1)
-    return trace.labels.inter.steps if trace.labels.inter.is_stagnant else None
-
-
 def pairs_of(writer: Writer, judge: Judge, rows: Sequence[Row], seed: int, counts: dict[str, int]) -> Iterator[Pair]:
     """Write ``rows`` to their ends and yield a pair for the first failure of each level that has a clean twin."""
     config, active, round_ = writer.config, list(rows), 0
@@ -256,20 +217,6 @@ def _twin(
     return None
 
 
-def instance_pairs(traces: Sequence[Trace], nothinking: Sequence[Trace], first_steps: int) -> Iterator[Pair]:
-    """Pair easy with hard problems of a family, first K steps each; easy and hard as in core.md §1.7.2."""
-    from neureasoner.probes.labels import closed_steps, instance_labels
-
-    easy = instance_labels(traces, nothinking)
-    sides: dict[tuple[str, int], list[Trace]] = {}
-    for trace in traces:
-        if len(closed_steps(trace)) >= first_steps and easy[trace.problem.id] in (0, 1):
-            sides.setdefault((trace.problem.family, easy[trace.problem.id]), []).append(trace)
-    for name in sorted({f for f, _ in sides}):
-        for i, (hard, simple) in enumerate(zip(sides.get((name, 0), []), sides.get((name, 1), []), strict=False)):
-            yield Pair(f"{name}-{i}/instance", "instance", 0, first_steps, 1, hard, simple)
-
-
 def make_pairs(config: PairsConfig, judge: Judge | None = None) -> dict[str, Any]:
     """Stage ``data pairs``. Writes pairs.jsonl, and records/ of both continuations where sites were asked for."""
     from collections import Counter
@@ -324,7 +271,8 @@ def make_pairs(config: PairsConfig, judge: Judge | None = None) -> dict[str, Any
     if config.record:
         from neureasoner.probes.recording.record import record_to
 
-        both = [t for p in pairs for t in (p.failing, p.clean)]
+        sides = ("failing", "clean")  # both are named after the problem
+        both = [replace(getattr(p, side), id=f"{p.id}/{side}") for p in pairs for side in sides]
         record_to(folder.path / "records", model, tokenizer, both, config.record)
     levels = dict(Counter(p.level for p in pairs))
     summary = folder.finish({"pairs": len(pairs), "levels": levels, **dict(total), "traces": len(jobs)})

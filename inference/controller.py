@@ -224,8 +224,9 @@ class Watch(LogitsProcessor):
         if not ready:
             return []
         threshold = float(probe.threshold if t.threshold is None else t.threshold)
-        scores = probe.predict_proba(np.stack(features))
-        return [(i, float(s), threshold) for i, s in zip(ready, scores, strict=True)]
+        scores = zip(ready, probe.predict_proba(np.stack(features)), strict=True)
+        told = [(i, self.rows[i].statistic(rule, probe.rule, float(s)), threshold) for i, s in scores]
+        return [t for t in told if np.isfinite(t[1])]  # a rule may want more scores before it says anything
 
     def series(self, row: int, sites: Sequence[str] | None = None, base: int = 0) -> dict[str, np.ndarray]:
         """What was read for a row, by site string, float32 [T - base, C]. A view: copy what has to last."""

@@ -67,7 +67,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         inputs = [p for p in (config.problems, config.plan) if p] + ([str(card)] if card.is_file() else [])
         folder = StageFolder(config.out, "generate", config, inputs=inputs)
         if folder.done:
-            console.print(f"{config.out} is done already; nothing to do")
+            console.print(f"{config.out} is done already; nothing to do", soft_wrap=True)
             return folder.summary
     steered = SteeredModel.from_pretrained(config.model, config.plan or None, device=config.device or None)
     if config.rules:

@@ -51,6 +51,7 @@ class RowState:
     scores: list[dict[str, Any]] = field(default_factory=list)
     fired: Counter[str] = field(default_factory=Counter)
     streak: Counter[str] = field(default_factory=Counter)
+    running: dict[str, Any] = field(default_factory=dict)
     queue: deque[int] = field(default_factory=deque)
     done: bool = False
     base: int = 0
@@ -136,6 +137,14 @@ class RowState:
             self._coins[rule.name] = np.random.default_rng(key)
         return float(self._coins[rule.name].random())
 
+    def statistic(self, rule: Rule, sequential: Any, score: float) -> float:
+        """The score itself, or what the probe's decision rule makes of it and those before it since an intervention."""
+        if sequential is None:
+            return score
+        if rule.name not in self.running:
+            self.running[rule.name] = sequential.start()
+        return float(self.running[rule.name].update(score))
+
     def judge(self, rule: Rule, score: float, threshold: float) -> bool:
         """Record a score; True when the rule fires (score above the threshold, often enough in a row)."""
         self.scores.append({"step": self._step, "token": len(self.tokens), "rule": rule.name, "score": score})
@@ -166,3 +175,4 @@ class RowState:
         self.queue.extend(ids)
         self.in_block = True
         self.streak.clear()
+        self.running.clear()

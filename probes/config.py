@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from neureasoner.errors import UserError
 
 ATTRIBUTIONS = ("depass", "direct")
+SELECTIONS = ("worst_rank", "fixed_k", "quantile")
 CANDIDATES = ["spectral", "entropy", "residual", "entropy+residual", "entropy+residual+spectral"]
 
 
@@ -40,26 +42,63 @@ class LocateConfig:
     layer: int = field(default=-1, metadata={"help": "block to look at, from 0; -1 is the middle one, L // 2"})
     neurons: int = field(default=32, metadata={"help": "neurons kept for intra and for instance"})
     heads: int = field(default=8, metadata={"help": "heads kept for inter (at most as many as a block has)"})
-    quantile: float = field(default=1.0, metadata={"help": "quantile of a span's ranks; 1 is the worst rank"})
+    selection: str = field(
+        default="worst_rank",
+        metadata={
+            "help": "what a span selects: 'worst_rank' the components with the best worst rank over its tokens, "
+            "'fixed_k' the intersection of its tokens' TopK sets as it is, 'quantile' as worst_rank, forgiving the "
+            "tokens a component does worst at"
+        },
+    )
+    quantile: float = field(
+        default=1.0, metadata={"help": "share of a span's tokens that must rank a component high (selection quantile)"}
+    )
+    k_neurons: int = field(default=0, metadata={"help": "K of selection fixed_k among the neurons of a block"})
+    k_heads: int = field(default=0, metadata={"help": "K of selection fixed_k among the heads of a block"})
+    blocks: list[int | Literal["all"]] = field(
+        default_factory=list,
+        metadata={
+            "help": "blocks to scan for where along depth the experts lie, or 'all'; direct takes the same forward "
+            "pass for all of them, depass about what the lowest one takes"
+        },
+    )
     contrast: bool = field(default=True, metadata={"help": "prefer components that clean spans do not select"})
     exclude_separators: bool = field(default=True, metadata={"help": "leave a step's closing token out of its span"})
     first_steps: int = field(default=4, metadata={"help": "steps K that an instance span holds"})
     max_traces: int = field(default=200, metadata={"help": "failing and clean traces per level"})
+    bootstrap: int = field(default=200, metadata={"help": "draws of problems behind stability and intervals"})
     batch_size: int = field(default=8, metadata={"help": "sequences recorded at once (for the example figure)"})
     validation: float = field(default=0.2, metadata={"help": "share of problems kept for validation, as in probes fit"})
     test: float = field(default=0.2, metadata={"help": "share of problems kept for the test, as in probes fit"})
     seed: int = field(default=0, metadata={"help": "seed of the split by problem, as in probes fit"})
 
     def __post_init__(self) -> None:
-        for key in ("neurons", "heads", "first_steps", "max_traces", "batch_size"):
+        for key in ("neurons", "heads", "first_steps", "max_traces", "bootstrap", "batch_size"):
             _at_least(self, key, 1)
-        if self.mode not in ATTRIBUTIONS:
-            raise UserError(f"key 'mode' must be one of {', '.join(ATTRIBUTIONS)}, got '{self.mode}'")
-        if not 0 < self.quantile <= 1:
-            raise UserError(f"key 'quantile' must lie in (0, 1], got {self.quantile}")
+        for key, known in (("mode", ATTRIBUTIONS), ("selection", SELECTIONS)):
+            if getattr(self, key) not in known:
+                raise UserError(f"key '{key}' must be one of {', '.join(known)}, got '{getattr(self, key)}'")
+        self._check_selection()
+        if any(b != "all" and b < 0 for b in self.blocks):
+            raise UserError(f"key 'blocks' counts blocks from 0, or is all, got {', '.join(map(str, self.blocks))}")
         if self.layer < -1:
             raise UserError(f"key 'layer' counts from 0, or is -1 for the middle block, got {self.layer}")
         _shares(self.validation, self.test)
+
+    def _check_selection(self) -> None:
+        """Keys of one selection that would go unused by another are refused, so that none is forgotten silently."""
+        if not 0 < self.quantile <= 1:
+            raise UserError(f"key 'quantile' must lie in (0, 1], got {self.quantile}")
+        if (self.quantile < 1) != (self.selection == "quantile"):
+            raise UserError(
+                f"selection '{self.selection}' does not go with quantile {self.quantile}; set selection: quantile and "
+                "a quantile below 1, such as 0.9, or neither"
+            )
+        given = self.k_neurons, self.k_heads
+        if self.selection == "fixed_k" and min(given) < 1:
+            raise UserError(f"selection 'fixed_k' needs keys 'k_neurons' and 'k_heads' of at least 1, got {given}")
+        if self.selection != "fixed_k" and given != (0, 0):
+            raise UserError(f"keys 'k_neurons' and 'k_heads' are of selection fixed_k, not of '{self.selection}'")
 
 
 @dataclass
@@ -109,11 +148,3 @@ class FitConfig:
         if not self.candidates:
             raise UserError("key 'candidates' is empty; name at least one feature set, for example 'entropy'")
         _shares(self.validation, self.test)
-
-
-@dataclass
-class ReportConfig:
-    """Print the probes' results and draw their ROC curves and score histograms."""
-
-    fit: str = field(metadata={"help": "folder written by probes fit"})
-    out: str = field(metadata={"help": "folder to write the figures into"})

@@ -1,6 +1,6 @@
 """Feature sets: plain values that turn a recorded series into the input of a probe.
 
-Legend: ``T`` rows (response tokens), ``C`` channels, ``F`` bins of the real FFT, ``D`` hidden size, ``d`` features.
+Legend: ``T`` rows (response tokens), ``C`` channels, ``D`` hidden size, ``d`` features.
 
 A decision falls at a separator. ``bounds = [b_0, end of step 0, …, end of the step just closed]``; ``b_0`` is 0, or
 where observation began again after a trigger. The **window** of intra and inter is what remains after the separator
@@ -18,15 +18,12 @@ from typing import Any
 import numpy as np
 
 from neureasoner.errors import UserError
+from neureasoner.probes.spectrum import BACKEND, MIN_LENGTH, SPECTRAL, grid_of, spectral_features
 from neureasoner.sites import Site
 
 LEVELS = ("intra", "inter", "instance")
-PARTS = ("spectral", "entropy", "residual", "length")
-BACKEND = "exact-rfft"
-EPS = 1e-12  # of sum x^2 in the ratios, absolute in the energy
-FLOOR = -20.0  # of the energy: log of next to nothing is an outlier, not a feature
+PARTS = ("spectral", "magnitude", "entropy", "residual", "trend", "duration", "length")
 MIN_TOKENS = 16  # before the first decision (core.md §1.5)
-SPECTRAL = {"intra": ("r_hf", "entropy", "energy"), "inter": ("r_dom", "entropy"), "instance": ("r_lf", "entropy")}
 ENTROPY = (
     "step_entropy_mean",
     "step_entropy_max",
@@ -45,39 +42,17 @@ ENTROPY = (
     "window_step_min",
     "entropy_over_earlier",
 )
+TREND = (
+    "state_cosine_previous",
+    "state_cosine_nearest",
+    "mean_cosine_previous",
+    "mean_cosine_nearest",
+    "norm_ratio",
+    "entropy_slope",
+    "surprisal_slope",
+)
+SLOPE_STEPS = 4  # over which the slopes of a trend are fitted
 LENGTH = ("tokens", "steps", "step_tokens", "log_tokens", "log_steps", "log_step_tokens")
-
-
-def spectrum(x: np.ndarray) -> dict[str, np.ndarray]:
-    """Spectral numbers of ``|x|`` along the last axis (core.md §1.5). ``x [C, T]`` -> five arrays ``[C]``.
-
-    ``r_hf``, ``r_lf``, ``r_dom``, ``entropy`` (of the normalised power) and ``energy``. Zeros where T < 4 (too short to
-    have a spectrum) and, but for the energy, for constant series.
-    """
-    x = np.abs(np.ascontiguousarray(x, dtype=np.float64))  # one memory layout: the same bits from any buffer
-    c, t = x.shape
-    if t < 4:
-        return {k: np.zeros(c) for k in ("r_hf", "r_lf", "r_dom", "entropy", "energy")}
-    power = np.abs(np.fft.rfft(x - x.mean(axis=1, keepdims=True), axis=1)) ** 2
-    bins = power.shape[1]  # F; power[:, 0] is DC
-    power[:, 0] = 0.0
-    total = power.sum(axis=1)
-    floor = total + EPS * np.square(x).sum(axis=1)
-    share = power / np.where(floor > 0, floor, 1.0)[:, None]
-    logs = np.log(share, out=np.zeros_like(share), where=share > 0)
-    return {
-        "r_hf": share[:, bins // 2 :].sum(axis=1),
-        "r_lf": share[:, 1 : bins // 2].sum(axis=1),
-        "r_dom": share.max(axis=1),
-        "entropy": -(share * logs).sum(axis=1) / np.log(bins - 1),
-        "energy": np.maximum(np.log(total + EPS), FLOOR),
-    }
-
-
-def spectral_features(x: np.ndarray, level: str) -> tuple[np.ndarray, bool]:
-    """``x [T, C]`` -> (features ``[C * d]``, channel by channel in the order given; valid: T >= 4)."""
-    values = spectrum(np.asarray(x).T)
-    return np.stack([values[name] for name in SPECTRAL[level]], axis=1).ravel(), x.shape[0] >= 4
 
 
 def entropy_features(logits: np.ndarray, bounds: Sequence[int], start: int) -> np.ndarray:
@@ -113,10 +88,49 @@ def entropy_features(logits: np.ndarray, bounds: Sequence[int], start: int) -> n
     )
 
 
+def magnitude_features(x: np.ndarray, start: int, bounds: Sequence[int]) -> np.ndarray:
+    """``x [T, C]`` -> ``[3 C]``: means of ``|x|`` over the window and over the last step, and its largest value.
+
+    What the channels say without a spectrum: a control of it, and a feature.
+    """
+    size = np.abs(np.asarray(x[start : bounds[-1]], dtype=np.float64))
+    return np.concatenate([size.mean(axis=0), size[bounds[-2] - bounds[-1] :].mean(axis=0), size.max(axis=0)])
+
+
 def residual_features(residual: np.ndarray, bounds: Sequence[int]) -> np.ndarray:
     """``residual [T, D]`` -> ``[2 D]``: the vector at the separator, and the mean over the step it closed."""
     step = np.asarray(residual[bounds[-2] : bounds[-1]], dtype=np.float64)
     return np.concatenate([step[-1], step.mean(axis=0)])
+
+
+def trend_features(residual: np.ndarray, logits: np.ndarray, bounds: Sequence[int]) -> np.ndarray:
+    """``residual [T, D]``, ``logits [T, 2]`` -> ``[D + 7]``: how the state moves from step to step.
+
+    The change of the state between the last two separators, then the numbers named by ``TREND``: cosines of the newest
+    state (at the separator, and the step's mean) with the previous one and with the nearest of those before it, which a
+    model in a loop revisits; the log ratio of norms; slopes of step means over the last 4 steps. Zeros where there are
+    too few steps.
+    """
+    first = bounds[0]
+    rows = np.asarray(residual[first : bounds[-1]], dtype=np.float64)
+    starts, ends = np.array(bounds[:-1]) - first, np.array(bounds[1:]) - first
+    sizes = (ends - starts)[:, None]
+    states, means = rows[ends - 1], np.add.reduceat(rows, starts, axis=0) / sizes
+    out = np.zeros(len(TREND))
+    if len(states) < 2:
+        return np.concatenate([np.zeros(rows.shape[1]), out])
+    norms = np.linalg.norm(states, axis=1)
+    for at, group in enumerate((states, means)):
+        length = np.maximum(np.linalg.norm(group, axis=1), 1e-12)
+        cosines = (group[:-1] @ group[-1]) / (length[:-1] * length[-1])
+        out[2 * at] = cosines[-1]
+        out[2 * at + 1] = cosines[:-1].max(initial=-1.0) if len(cosines) > 1 else 0.0
+    out[4] = np.log(max(norms[-1], 1e-12) / max(norms[-2], 1e-12))
+    values = np.asarray(logits[first : bounds[-1]], dtype=np.float64)
+    steps = (np.add.reduceat(values, starts, axis=0) / sizes)[-SLOPE_STEPS:]
+    t = np.arange(len(steps)) - (len(steps) - 1) / 2
+    out[5:] = t @ steps / (t @ t)
+    return np.concatenate([states[-1] - states[-2], out])
 
 
 def length_features(bounds: Sequence[int]) -> np.ndarray:
@@ -127,7 +141,12 @@ def length_features(bounds: Sequence[int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """What a probe sees: which parts, over which window, read from which sites. Serialised into ``probe.json``."""
+    """What a probe sees: which parts, over which window, read from which sites. Serialised into ``probe.json``.
+
+    channels  sites of the spectral and magnitude parts, one or several divided by blanks
+    residual  residual sites of the residual and trend parts, likewise (a trend is of the first)
+    backend   which spectral numbers: ``exact-rfft`` or ``algorithm-2/<grid>/<K>`` (``probes/spectrum.py``)
+    """
 
     name: str
     level: str
@@ -135,6 +154,7 @@ class FeatureSet:
     window: int
     channels: str = ""
     residual: str = ""
+    backend: str = BACKEND
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
@@ -145,22 +165,34 @@ class FeatureSet:
         least = 1 if self.level == "instance" else 2
         if self.window < least:
             raise UserError(f"feature set '{self.name}': window {self.window} is below {least} for {self.level}")
-        if "spectral" in self.parts and Site.parse(self.channels or "?").indices is None:
+        if {"spectral", "magnitude"} & set(self.parts) and any(
+            Site.parse(c).indices is None for c in self.channels.split() or ["?"]
+        ):
             raise UserError(f"feature set '{self.name}': channels '{self.channels}' must list neurons or heads")
-        if "residual" in self.parts and Site.parse(self.residual or "?").kind != "residual":
+        states = self.residual.split() or ["?"]
+        if {"residual", "trend"} & set(self.parts) and any(Site.parse(r).kind != "residual" for r in states):
             raise UserError(f"feature set '{self.name}': residual '{self.residual}' must be a residual site")
+        grid = grid_of(self.backend)
+        if grid is not None and self.level not in grid.levels:
+            raise UserError(
+                f"feature set '{self.name}': {self.backend} has no features of level '{self.level}'; "
+                f"it has {', '.join(grid.levels)}"
+            )
 
     @classmethod
-    def named(cls, name: str, level: str, window: int, channels: str = "", residual: str = "") -> FeatureSet:
-        """Parse ``'entropy+residual'``. Sites of parts that are not in it are left out."""
+    def named(
+        cls, name: str, level: str, window: int, channels: str = "", residual: str = "", backend: str = BACKEND
+    ) -> FeatureSet:
+        """Parse ``'entropy+residual'``. Sites and back end of parts that are not in it are left out."""
         parts = tuple(p.strip() for p in name.split("+"))
         return cls(
             "+".join(parts),
             level,
             parts,
             window,
-            channels if "spectral" in parts else "",
-            residual if "residual" in parts else "",
+            channels if {"spectral", "magnitude"} & set(parts) else "",
+            residual if {"residual", "trend"} & set(parts) else "",
+            backend if "spectral" in parts else BACKEND,
         )
 
     @classmethod
@@ -176,17 +208,26 @@ class FeatureSet:
         return {**asdict(self), "parts": list(self.parts)}
 
     def sites(self) -> list[str]:
-        """Site strings that have to be recorded, in the order of the parts."""
-        of = {"spectral": self.channels, "entropy": "logits", "residual": self.residual, "length": ""}
-        return [of[p] for p in self.parts if of[p]]
+        """Site strings that have to be recorded, each once, in the order of the parts."""
+        states = self.residual.split()
+        of = {
+            "spectral": self.channels.split(),
+            "entropy": ["logits"],
+            "residual": states,
+            "trend": [*states, "logits"],
+        }
+        return list(dict.fromkeys(s for p in self.parts for s in of.get(p, [])))
 
     def dim(self, hidden_size: int) -> int:
         """Number of features ``d``."""
-        n = len(Site.parse(self.channels).indices or ()) if self.channels else 0
+        n = sum(len(Site.parse(c).indices or ()) for c in self.channels.split())
         of = {
             "spectral": n * len(SPECTRAL[self.level]),
+            "magnitude": 3 * n,
             "entropy": len(ENTROPY),
-            "residual": 2 * hidden_size,
+            "residual": 2 * hidden_size * len(self.residual.split()),
+            "trend": hidden_size + len(TREND),
+            "duration": 1,
             "length": len(LENGTH),
         }
         return sum(of[p] for p in self.parts)
@@ -209,17 +250,18 @@ class FeatureSet:
                 raise ValueError(f"series '{site}' has {series[site].shape[0]} rows, bounds reach {bounds[-1]}")
         start, end = self.start(bounds), bounds[-1]
         valid = end - bounds[0] >= MIN_TOKENS and (self.level != "instance" or len(bounds) - 1 == self.window)
-
-        def spectral() -> np.ndarray:
-            nonlocal valid
-            x, enough = spectral_features(series[self.channels][start:end], self.level)
-            valid = valid and enough
-            return x
-
-        part: dict[str, Callable[[], np.ndarray]] = {
-            "spectral": spectral,
-            "entropy": lambda: entropy_features(series["logits"], bounds, start),
-            "residual": lambda: residual_features(series[self.residual], bounds),
-            "length": lambda: length_features(bounds),
+        if "spectral" in self.parts:
+            valid = valid and end - start >= MIN_LENGTH
+        states = [series[r] for r in self.residual.split()]
+        part: dict[str, Callable[[], Sequence[np.ndarray]]] = {
+            "spectral": lambda: [
+                spectral_features(series[c][start:end], self.level, self.backend)[0] for c in self.channels.split()
+            ],
+            "magnitude": lambda: [magnitude_features(series[c], start, bounds) for c in self.channels.split()],
+            "entropy": lambda: [entropy_features(series["logits"], bounds, start)],
+            "residual": lambda: [residual_features(s, bounds) for s in states],
+            "trend": lambda: [trend_features(states[0], series["logits"], bounds)],
+            "duration": lambda: [np.log1p([float(end - start)])],
+            "length": lambda: [length_features(bounds)],
         }
-        return np.concatenate([part[p]() for p in self.parts]), bool(valid)
+        return np.concatenate([x for p in self.parts for x in part[p]()]), bool(valid)

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from neureasoner.errors import UserError
+from neureasoner.pairs import Pair
 from neureasoner.traces import Labels, Step, Trace
 
 DROPPED = -1
@@ -124,3 +125,24 @@ def split_problems(traces: Iterable[Trace], validation: float, test: float, seed
         raise UserError(f"{len(order)} problems are too few to split into train, validation and test; sample more")
     names = ["test"] * n_test + ["validation"] * n_val + ["train"] * (len(order) - n_test - n_val)
     return dict(zip(order, names, strict=True))
+
+
+def failure(trace: Trace, level: str) -> tuple[int, int] | None:
+    """``(first step, one past last)`` of the judged failure of a level, or None."""
+    labels = labels_of(trace)
+    if level == "intra":
+        step = labels.intra.step if labels.intra.has_error else None
+        return None if step is None else (step, step + 1)
+    return labels.inter.steps if labels.inter.is_stagnant else None
+
+
+def instance_pairs(traces: Sequence[Trace], nothinking: Sequence[Trace], first_steps: int) -> Iterator[Pair]:
+    """Pair easy with hard problems of a family, first K steps each; easy and hard as in core.md §1.7.2."""
+    easy = instance_labels(traces, nothinking)
+    sides: dict[tuple[str, int], list[Trace]] = {}
+    for trace in traces:
+        if len(closed_steps(trace)) >= first_steps and easy[trace.problem.id] in (0, 1):
+            sides.setdefault((trace.problem.family, easy[trace.problem.id]), []).append(trace)
+    for name in sorted({f for f, _ in sides}):
+        for i, (hard, simple) in enumerate(zip(sides.get((name, 0), []), sides.get((name, 1), []), strict=False)):
+            yield Pair(f"{name}-{i}/instance", "instance", 0, first_steps, 1, hard, simple)

@@ -1,152 +1,221 @@
 """``probes locate``: the neurons and heads of one block that write failures and not clean steps (core.md §1.2).
 
-Only training problems of the split that ``probes fit`` will make are used, so that the probes' test stays unseen.
+Also where such components lie: in the MLP or in the heads, and at which depth (``experts.py``). Only training problems
+of the split that ``probes fit`` will make are used, so that the probes' test stays unseen.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from neureasoner import __version__
-from neureasoner.artifacts import write_json
+from neureasoner.artifacts import write_json, write_text
 from neureasoner.errors import UserError
 from neureasoner.model_files import model_files
-from neureasoner.probes.attribution.depass import depass_scores
-from neureasoner.probes.attribution.direct import direct_scores
-from neureasoner.probes.attribution.selection import Selection, joint_worst_rank, ranks, select, worst_rank
+from neureasoner.probes.attribution import experts
+from neureasoner.probes.attribution.direct import Scores, direct_sweep
+from neureasoner.probes.attribution.experts import Pools
+from neureasoner.probes.attribution.selection import Pool, Selection, implied_k, places, pooled, select
+from neureasoner.probes.attribution.spans import Span, spans
+from neureasoner.probes.attribution.sweep import depass_sweep
 from neureasoner.probes.config import LocateConfig
+from neureasoner.probes.detectors.metrics import bootstrap_draws
 from neureasoner.probes.features import LEVELS
-from neureasoner.probes.labels import closed_steps, instance_labels, is_clean, labels_of, split_problems
+from neureasoner.probes.labels import instance_labels, labels_of, split_problems
 from neureasoner.sites import Layout
 from neureasoner.stages import StageFolder
-from neureasoner.traces import Step, Trace, read_traces
+from neureasoner.traces import Trace, read_traces
 
 KIND = {"intra": "neuron", "inter": "head", "instance": "neuron"}
-SCORES = {"depass": depass_scores, "direct": direct_scores}
-SIMILAR = 0.5  # character 3-gram Jaccard of a repeated attempt
-Span = tuple[Trace, list[int]]  # a trace and target positions in its response
+SCORES = {"depass": depass_sweep, "direct": direct_sweep}
 
 
-def _trigrams(text: str) -> set[str]:
-    flat = re.sub(r"\s+", " ", text.strip().lower())
-    return {flat[i : i + 3] for i in range(max(1, len(flat) - 2))}
+@dataclass
+class Plan:
+    """The settings held against the model: which block is chosen, which are scanned, how many of each type it has."""
+
+    config: LocateConfig
+    layer: int
+    scanned: list[int]
+    sizes: dict[str, int]  # components of a block by type
+
+    @classmethod
+    def of(cls, config: LocateConfig, layout: Layout) -> Plan:
+        """Raises UserError for a block that the model does not have, or a TopK larger than a block."""
+        layer = layout.n_layers // 2 if config.layer == -1 else config.layer
+        layout.check(f"residual:{layer}")
+        every = list(range(layout.n_layers))
+        scanned = every if "all" in config.blocks else sorted({int(b) for b in config.blocks})
+        if not set(scanned) <= set(every):
+            raise UserError(f"key 'blocks' names block {scanned[-1]}, but this model has blocks 0 to {every[-1]}")
+        sizes = {"neuron": layout.intermediate_size, "head": layout.n_heads}
+        for kind, size in sizes.items():
+            k = getattr(config, f"k_{kind}s")
+            if k > size:
+                raise UserError(f"key 'k_{kind}s' is {k}, but a block has {size} {kind}s; use fewer")
+        return cls(config, layer, scanned, sizes)
+
+    @property
+    def wanted(self) -> dict[str, int]:
+        """Components to choose, by type."""
+        return {"neuron": self.config.neurons, "head": self.config.heads}
+
+    def topk(self, kind: str) -> int:
+        """The literal K of a type, 0 if another selection is used."""
+        return int(getattr(self.config, f"k_{kind}s"))
+
+    def pools(self, scores: dict[int, Scores]) -> dict[str, torch.Tensor]:
+        """Scores of one span as those of every pool (``experts.Pools`` says which), ``[n, C]`` each."""
+        here = scores[self.layer]
+        out = {f"neuron:{self.layer}": here[0], f"head:{self.layer}": here[1]}
+        out |= {"raw": pooled(here, False), "z": pooled(here, True)}
+        if self.scanned:
+            out |= {f"{kind}:{b}": scores[b][i] for b in self.scanned for i, kind in enumerate(("neuron", "head"))}
+            out["depth"] = pooled([s for b in self.scanned for s in scores[b]], True)
+        return out
 
 
-def loop_openings(trace: Trace) -> list[int]:
-    """Steps that open a repeated attempt: the judge's, else the loop's first and those like an earlier one (§1.2.2)."""
-    label = labels_of(trace).inter
-    if label.attempts or label.steps is None:
-        return label.attempts
-    first, end = label.steps
-    grams = {
-        i: _trigrams(trace.response[trace.steps[i].char_start : trace.steps[i].char_end]) for i in range(first, end)
-    }
-    like = lambda a, b: len(a & b) / max(1, len(a | b)) >= SIMILAR  # noqa: E731
-    return [i for i in range(first, end) if i == first or any(like(grams[i], grams[j]) for j in range(first, i))]
+def place_spans(
+    model: Any, side: Sequence[Span], plan: Plan, column: dict[str, int], advance: Callable[[], None]
+) -> dict[str, Pool]:
+    """What the spans of one side say of the components of every pool; empty without spans.
 
-
-def _tokens(steps: Sequence[Step], drop_separator: bool) -> list[int]:
-    """Response positions of ``steps``, without closing separators if asked (a step keeps at least one token)."""
-    out: list[int] = []
-    for s in steps:
-        end = s.token_end - 1 if drop_separator and s.closed and s.token_end - s.token_start > 1 else s.token_end
-        out.extend(range(s.token_start, end))
-    return out
-
-
-def spans(
-    traces: Sequence[Trace], level: str, config: LocateConfig, easy: dict[str, int]
-) -> tuple[list[Span], list[Span]]:
-    """Failing spans and matched clean ones, at most ``max_traces`` each, in a seeded order.
-
-    Clean spans match the failing ones: as many steps of a clean trace (intra, inter), the first K steps of a hard
-    problem (instance).
+    ``column``: problem id -> column of the draws. Memory: 12 bytes a span and component, of all scanned blocks twice.
+    Raises UserError for scores that are not finite.
     """
-    rng = np.random.default_rng([config.seed, LEVELS.index(level)])
-    failing: list[tuple[Trace, list[Step]]] = []
-    clean: list[tuple[Trace, list[Step]]] = []
-    counts: list[int] = []
-    for i in rng.permutation(len(traces)):
-        trace = traces[i]
-        steps = closed_steps(trace)
-        if level == "instance":
-            side = {1: failing, 0: clean}.get(easy[trace.problem.id])
-            if side is not None and len(steps) >= config.first_steps:
-                side.append((trace, steps[: config.first_steps]))
-            continue
-        if is_clean(trace, level):
-            clean.append((trace, steps))
-            continue
-        label = labels_of(trace)
-        wrong = [label.intra.step] if level == "intra" else list(loop_openings(trace))
-        chosen = [trace.steps[w] for w in wrong if w is not None]
-        if chosen:
-            failing.append((trace, chosen))
-            counts.append(len(chosen))
-    failing, clean = failing[: config.max_traces], clean[: config.max_traces]
-    if level != "instance" and counts:
-        matched = []
-        for trace, steps in clean:
-            n = min(int(rng.choice(counts)), len(steps))
-            if n:
-                matched.append((trace, [steps[j] for j in sorted(rng.choice(len(steps), n, replace=False))]))
-        clean = matched
-    build = lambda side: [(t, _tokens(s, config.exclude_separators)) for t, s in side]  # noqa: E731
-    return build(failing), build(clean)
-
-
-def _worst(
-    model: Any, side: Sequence[Span], layer: int, config: LocateConfig, advance: Callable[[], None]
-) -> dict[str, np.ndarray]:
-    """Worst ranks of every span: ``neuron [R, F]``, ``head [R, H]``, ``joint [R, F + H]``."""
-    out: dict[str, list[np.ndarray]] = {"neuron": [], "head": [], "joint": []}
+    found: dict[str, list[list[np.ndarray]]] = {}
     for trace, targets in side:
         begin = len(trace.prompt_ids)
         ids = [*trace.prompt_ids, *trace.response_ids[: max(targets) + 1]]
-        scores = SCORES[config.mode](model, ids, [begin + t for t in targets], layer)
-        neurons, heads = (s.float().cpu().numpy() for s in scores)
-        out["neuron"].append(worst_rank(neurons, config.quantile))
-        out["head"].append(worst_rank(heads, config.quantile))
-        out["joint"].append(joint_worst_rank(neurons, heads, config.quantile))
+        layers = sorted({plan.layer, *plan.scanned})
+        scores = SCORES[plan.config.mode](model, ids, [begin + t for t in targets], layers)
+        for layer, parts in scores.items():
+            if not all(bool(torch.isfinite(p).all()) for p in parts):
+                raise UserError(
+                    f"trace '{trace.id}': scores of block {layer} are not finite; check the weights of model "
+                    f"'{plan.config.model}' for NaN or infinite values"
+                )
+        for name, values in plan.pools(scores).items():
+            rho, place, mean = places(values, plan.config.quantile)
+            found.setdefault(name, []).append([t.cpu().numpy() for t in (rho, place, mean.float())])
         advance()
-    return {k: np.stack(v) if v else np.zeros((0, 1)) for k, v in out.items()}
-
-
-def _joint(rho: np.ndarray, n_neurons: int, size: int) -> dict[str, Any]:
-    """Where the joint, z-scored ranking puts its first ``size`` components."""
-    top = np.argsort(ranks(-rho).mean(axis=0), kind="stable")[:size]
-    heads = float((top >= n_neurons).mean())
-    chance = (rho.shape[1] - n_neurons) / rho.shape[1]
-    return {"size": size, "heads": round(heads, 4), "neurons": round(1 - heads, 4), "heads_by_chance": round(chance, 4)}
+    problem = np.array([column[t.problem.id] for t, _ in side], dtype=np.int64)
+    stacked = {name: [np.stack(rows) for rows in zip(*spans_, strict=True)] for name, spans_ in found.items()}
+    return {name: Pool(rho, place, mean, problem) for name, (rho, place, mean) in stacked.items()}
 
 
 def _site(kind: str, layer: int, indices: Sequence[int]) -> str:
     return f"{kind}:{layer}[{','.join(str(i) for i in sorted(indices))}]"
 
 
-def _controls(selection: Selection, kind: str, layer: int, size: int, seed: int, level: str) -> str:
+def _controls(selection: Selection, level: str, plan: Plan) -> str:
     """As many random components of the same type, outside the selection as far as there are enough."""
-    rng = np.random.default_rng([seed, 7, LEVELS.index(level)])
-    others = [i for i in rng.permutation(size) if i not in set(selection.indices)]
+    kind = KIND[level]
+    rng = np.random.default_rng([plan.config.seed, 7, LEVELS.index(level)])
+    others = [i for i in rng.permutation(plan.sizes[kind]) if i not in set(selection.indices)]
     again = rng.permutation(selection.indices).tolist()
-    return _site(kind, layer, [int(i) for i in (others + again)[: len(selection.indices)]])
+    return _site(kind, plan.layer, [int(i) for i in (others + again)[: len(selection.indices)]])
+
+
+def _choose(level: str, pools: Pools, plan: Plan, draws: np.ndarray) -> Selection:
+    """The level's selection. Raises UserError if a literal intersection is empty in every failing span."""
+    kind = KIND[level]
+    wanted, k = min(plan.wanted[kind], plan.sizes[kind]), plan.topk(kind)
+    failing, clean = pools.pair(f"{kind}:{plan.layer}")
+    chosen = select(failing, clean, wanted, draws, k)
+    if not chosen.indices:
+        raise UserError(
+            f"{level}: no {kind} of block {plan.layer} is among the first {k} at every token of any of "
+            f"{chosen.n_spans} failing spans; K = {implied_k(failing, wanted)} would hold {wanted} in the median span: "
+            f"raise key 'k_{kind}s', or use selection worst_rank, which needs no K"
+        )
+    return chosen
+
+
+@dataclass
+class Found:
+    """What one level's spans single out. ``gain [C]``: share of failing spans that select each component of the level's
+    type, minus the share of clean ones. ``joint`` keeps the pools that are compared between levels."""
+
+    chosen: Selection
+    site: str
+    gain: np.ndarray
+    separation: dict[str, Any]
+    depth: dict[str, Any]
+    joint: Pools
+
+    @classmethod
+    def of(cls, level: str, pools: Pools, plan: Plan, draws: np.ndarray) -> Found:
+        """Choose, and look where the level's experts lie. Raises UserError as ``_choose``."""
+        kind, seed = KIND[level], plan.config.seed
+        chosen = _choose(level, pools, plan, draws)
+        often = [
+            side.selects(plan.wanted[kind], plan.topk(kind)).mean(axis=0)
+            for side in pools.pair(f"{kind}:{plan.layer}")
+            if side is not None
+        ]
+        sizes = plan.sizes["neuron"], plan.sizes["head"]
+        return cls(
+            chosen,
+            _site(kind, plan.layer, chosen.indices),
+            often[0] - sum(often[1:]),
+            experts.separation(pools, plan.layer, plan.wanted, draws, seed),
+            experts.depth_of(pools, plan.scanned, *sizes, plan.wanted, draws, seed) if plan.scanned else {},
+            Pools(*({k: v for k, v in side.items() if k in ("raw", "z")} for side in (pools.failing, pools.clean))),
+        )
+
+
+def _warnings(level: str, chosen: Selection, clean_wanted: bool, plan: Plan) -> list[str]:
+    kind, size = KIND[level], plan.sizes[KIND[level]]
+    out = []
+    shared = 2 * len(chosen.indices) - size
+    if shared > 0:
+        out.append(
+            f"{level}: {len(chosen.indices)} of a block's {size} {kind}s are selected, so its random "
+            f"control shares {shared} of them and says less; set '{kind}s' to at most {size // 2}"
+        )
+    if chosen.n_problems < experts.FEWEST:
+        out.append(
+            f"{level}: failing spans of {chosen.n_problems} problem(s) only, so stability and intervals say little; "
+            "judge traces of more problems"
+        )
+    if clean_wanted and not chosen.n_clean:
+        out.append(f"{level}: no clean span to hold against the failing ones, so always-on components may be selected")
+    return out
+
+
+def _load_spans(config: LocateConfig) -> dict[str, tuple[list[Span], list[Span]]]:
+    """Failing and clean spans of the training problems, by level."""
+    traces = read_traces(config.traces)
+    for t in traces:
+        labels_of(t)
+    split = split_problems(traces, config.validation, config.test, config.seed)
+    train: list[Trace] = [t for t in traces if split[t.problem.id] == "train" and t.prompt_ids]
+    easy = instance_labels(train, read_traces(config.nothinking) if config.nothinking else [])
+    pairs = {level: spans(train, level, config, easy) for level in LEVELS}
+    return {level: (failing, clean if config.contrast else []) for level, (failing, clean) in pairs.items()}
+
+
+def _without_failures(level: str, config: LocateConfig) -> str:
+    lacking = f"of an easy problem with {config.first_steps} closed steps " if level == "instance" else ""
+    return f"{level}: no failing trace {lacking}among the training problems; no neurons"
 
 
 def locate(config: LocateConfig) -> dict[str, Any]:
-    """Stage ``probes locate``. Writes ``neurons.json`` and figures.
+    """Stage ``probes locate``. Writes ``neurons.json``, ``experts.md`` and figures.
 
     A level without failing spans is left out with a warning; UserError if none is left.
     """
     from rich.progress import Progress
 
     from neureasoner.models import fingerprint, load
-    from neureasoner.probes.figures import draw_example, draw_experts
+    from neureasoner.probes.attribution.figures import draw_example, draw_experts, draw_selected
 
     inputs: list[str | Path] = [
         *model_files(config.model),
@@ -156,69 +225,62 @@ def locate(config: LocateConfig) -> dict[str, Any]:
     folder = StageFolder(config.out, "probes locate", config, inputs=inputs)
     if folder.done:
         return folder.summary
-    traces = read_traces(config.traces)
-    for t in traces:
-        labels_of(t)
-    split = split_problems(traces, config.validation, config.test, config.seed)
-    train = [t for t in traces if split[t.problem.id] == "train" and t.prompt_ids]
-    easy = instance_labels(train, read_traces(config.nothinking) if config.nothinking else [])
-    model, tokenizer = load(config.model)
-    layout = Layout.of(model)
-    layer = layout.n_layers // 2 if config.layer == -1 else config.layer
-    layout.check(f"residual:{layer}")
-    sizes = {"neuron": layout.intermediate_size, "head": layout.n_heads}
-    out: dict[str, Any] = {"levels": {}, "joint": {}, "random": {}}
-    warnings: list[str] = []
-    used: set[str] = set()
-    frequency: dict[str, np.ndarray] = {}
-    pairs = {level: spans(train, level, config, easy) for level in LEVELS}
-    with Progress() as bar:
-        total = sum(len(f) + len(c) * config.contrast for f, c in pairs.values())
-        task = bar.add_task("attribution", total=total)
-        for level, (failing, clean) in pairs.items():
-            if not failing:
-                warnings.append(f"{level}: no failing trace among the training problems; no neurons")
-                continue
-            bar.update(task, description=f"attribution ({level})")
-            clean = clean if config.contrast else []
-            used |= {t.problem.id for t, _ in failing + clean}
-            kind = KIND[level]
-            bad, good = (_worst(model, s, layer, config, lambda: bar.update(task, advance=1)) for s in (failing, clean))
-            wanted = config.heads if kind == "head" else config.neurons
-            chosen = select(bad[kind], good[kind] if clean else None, wanted)
-            out["levels"][level] = {"site": _site(kind, layer, chosen.indices), **asdict(chosen)}
-            out["joint"][level] = _joint(bad["joint"], sizes["neuron"], config.neurons + config.heads)
-            out["random"][level] = _controls(chosen, kind, layer, sizes[kind], config.seed, level)
-            shared = 2 * len(chosen.indices) - sizes[kind]
-            if shared > 0:
-                warnings.append(
-                    f"{level}: {len(chosen.indices)} of a block's {sizes[kind]} {kind}s are selected, so its random "
-                    f"control shares {shared} of them and says less; set '{kind}s' to at most {sizes[kind] // 2}"
-                )
-            frequency[level] = (ranks(-bad[kind]) <= wanted).mean(axis=0)
-    for level, entry in out["levels"].items():
-        n = len(entry["indices"])
-        print(f"{level}: {n} {KIND[level]}s of block {layer}, from {entry['n_spans']} failing spans", flush=True)
-    for warning in warnings:
-        print(f"warning: {warning}", flush=True)
-    if not out["levels"]:
+    pairs = _load_spans(config)
+    warnings = [_without_failures(level, config) for level, (failing, _) in pairs.items() if not failing]
+    pairs = {level: pair for level, pair in pairs.items() if pair[0]}
+    if not pairs:
         raise UserError("no neurons could be located: " + "; ".join(warnings))
+    model, tokenizer = load(config.model)
+    plan = Plan.of(config, Layout.of(model))
+    problems = sorted({t.problem.id for sides in pairs.values() for side in sides for t, _ in side})
+    column = {p: i for i, p in enumerate(problems)}
+    draws = bootstrap_draws(len(problems), config.bootstrap, config.seed)
+    found: dict[str, Found] = {}
+    with Progress() as bar:
+        task = bar.add_task("attribution", total=sum(len(side) for sides in pairs.values() for side in sides))
+        for level, sides in pairs.items():
+            bar.update(task, description=f"attribution ({level})")
+            pools = Pools(*(place_spans(model, s, plan, column, lambda: bar.update(task, advance=1)) for s in sides))
+            found[level] = Found.of(level, pools, plan, draws)
+            warnings += _warnings(level, found[level].chosen, config.contrast, plan)
+    sizes = plan.sizes["neuron"], plan.sizes["head"]
+    types = experts.types_of({k: f.joint for k, f in found.items()}, *sizes, sum(plan.wanted.values()), draws)
+    for level, f in found.items():
+        types["levels"][level]["separation"] = f.separation
+    depth = {"depth": {level: f.depth for level, f in found.items()}} if plan.scanned else {}
     summary = {
         "kind": "neurons",
         "schema": 1,
         "model": config.model,
         "fingerprint": fingerprint(model),
-        "layer": layer,
+        "layer": plan.layer,
         "mode": config.mode,
+        "selection": config.selection,
         "quantile": config.quantile,
         "contrast": config.contrast,
         "seed": config.seed,
         "version": __version__,
-        **out,
+        "levels": {level: {"site": f.site, **asdict(f.chosen)} for level, f in found.items()},
+        "joint": {level: _joint(types, level) for level in found},
+        "random": {level: _controls(f.chosen, level, plan) for level, f in found.items()},
+        "experts": {"blocks": plan.scanned, "draws": config.bootstrap, **types, **depth},
         "warnings": warnings,
-        "problems": sorted(used),
+        "problems": problems,
     }
-    draw_experts(folder.path / "experts.png", summary, frequency)
+    experts.print_table(summary)
+    for warning in warnings:
+        print(f"warning: {warning}", flush=True)
+    draw_experts(folder.path / "experts.png", summary)
+    draw_selected(folder.path / "selected.png", summary, {level: f.gain for level, f in found.items()})
     draw_example(folder.path, model, tokenizer, summary, pairs, config.batch_size)
+    write_text(folder.path / "experts.md", experts.markdown(summary))
     write_json(folder.path / "neurons.json", summary)
-    return folder.finish({"layer": layer, "levels": out["levels"], "joint": out["joint"], "warnings": warnings})
+    keys = ("layer", "levels", "joint", "experts", "warnings")
+    return folder.finish({k: summary[k] for k in keys})
+
+
+def _joint(types: dict[str, Any], level: str) -> dict[str, Any]:
+    """The z-scored joint selection in short: its size and the shares of both types."""
+    heads = types["levels"][level]["measures"]["z"]["heads"]["value"]
+    by_chance = round(types["chance"]["value"], 4)
+    return {"size": types["size"], "heads": heads, "neurons": round(1 - heads, 4), "heads_by_chance": by_chance}

@@ -17,16 +17,15 @@ from neureasoner.artifacts import read_json, write_json, write_tensors
 from neureasoner.errors import UserError
 from neureasoner.model_files import model_files
 from neureasoner.probes.config import FitConfig
-from neureasoner.probes.detectors.metrics import auroc, bootstrap_draws, interval, ratio, threshold_for, weighted_auroc
+from neureasoner.probes.detectors.metrics import auroc, threshold_for
 from neureasoner.probes.detectors.probe import Probe, git_revision
-from neureasoner.probes.detectors.tables import Table, build_tables
+from neureasoner.probes.detectors.scoring import Decisions, Evaluation
+from neureasoner.probes.detectors.tables import Table, beside, build_tables
 from neureasoner.probes.features import LEVELS, FeatureSet
 from neureasoner.probes.labels import (
     SPLITS,
     instance_labels,
-    is_clean,
     labels_of,
-    onset,
     solving_rates,
     split_problems,
 )
@@ -36,8 +35,23 @@ from neureasoner.traces import Trace, read_traces
 MIN_POSITIVE = {"train": 8, "validation": 3, "test": 1}  # samples, and as many negative ones
 
 
+def _key(part: str, window: int) -> str:
+    return f"{part}/{window}"
+
+
+def _sets(config: FitConfig, level: str, channels: str, origin: dict[str, Any]) -> dict[str, FeatureSet]:
+    """Every part over every window that some candidate or control of a level needs, by ``part/window``."""
+    wanted = {"length", "spectral", *(p for c in config.candidates for p in c.replace(" ", "").split("+"))}
+    out = {}
+    for window in dict.fromkeys(getattr(config, level)):
+        for part in sorted(wanted):
+            out[_key(part, window)] = FeatureSet.named(part, level, window, channels, origin["residual"])
+        out[_key("random", window)] = FeatureSet.named("spectral", level, window, origin["random"][level])
+    return out
+
+
 class Level:
-    """Everything the fits of one level share: its traces, splits, and which traces are clean or failing."""
+    """Everything the fits of one level share: the features of its decisions, and what is known of their traces."""
 
     def __init__(
         self,
@@ -46,24 +60,18 @@ class Level:
         traces: Sequence[Trace],
         split: dict[str, str],
         easy: dict[str, int],
-        tables: dict[tuple[str, int], Table],
+        tables: dict[str, Table],
         origin: dict[str, Any],
     ):
-        self.config, self.name, self.traces, self.tables, self.origin = config, name, traces, tables, origin
+        self.config, self.name, self.tables, self.origin = config, name, tables, origin
         self.windows = list(dict.fromkeys(getattr(config, name)))
-        self.split = np.array([split[t.problem.id] for t in traces])
-        if name == "instance":
-            self.onsets: list[int | None] = [None] * len(traces)
-            self.clean = np.array([easy[t.problem.id] == 0 for t in traces])
-        else:
-            self.onsets = [onset(t, name) for t in traces]
-            self.clean = np.array([is_clean(t, name) for t in traces])
+        self.decisions = {w: Decisions.of(name, tables[_key("length", w)], traces, split, easy) for w in self.windows}
 
     def shortage(self) -> str:
         """Why this level cannot be fitted, or ""."""
         for window, part in product(self.windows, SPLITS):
-            table = self.table(window)
-            y = table.y[table.valid_for(["spectral"]) & (self.split[table.trace] == part)]
+            decisions = self.decisions[window]
+            y = decisions.y[self.tables[_key("spectral", window)].valid & decisions.rows(part)]
             least = MIN_POSITIVE[part]
             if (y == 1).sum() < least or (y == 0).sum() < least:
                 return (
@@ -72,16 +80,17 @@ class Level:
                 )
         return ""
 
-    def features(self, name: str, window: int, channels: str) -> FeatureSet:
-        return FeatureSet.named(name, self.name, window, channels, str(self.origin["residual"]))
+    def table(self, features: FeatureSet) -> Table:
+        """The features of a set, its parts put together in its order."""
+        random = features.channels == self.origin["random"].get(self.name)
+        named = {"spectral": "random" if random else "spectral"}
+        return beside([self.tables[_key(named.get(p, p), features.window)] for p in features.parts])
 
     def fit(self, name: str, window: int, channels: str, decay: float) -> tuple[Probe, float]:
         """Train one candidate; its validation AUROC."""
-        features = self.features(name, window, channels)
-        table = self.table(window)
-        x = self.matrix(features)
-        usable = table.valid_for(features.parts) & (table.y >= 0)
-        train, held = (usable & (self.split[table.trace] == part) for part in ("train", "validation"))
+        features = FeatureSet.named(name, self.name, window, channels, str(self.origin["residual"]))
+        table, decisions = self.table(features), self.decisions[window]
+        train, held = (table.valid & decisions.rows(part) for part in ("train", "validation"))
         probe = Probe(
             features,
             model=self.config.model,
@@ -92,34 +101,16 @@ class Level:
             dropout=self.config.dropout,
             weight_decay=decay,
             seed=self.config.seed,
-        ).fit(x[train], table.y[train], (x[held], table.y[held]))
-        area = auroc(table.y[held], probe.predict_proba(x[held]))
-        scores = self.scores(probe)
-        maxima = self.maxima(probe, scores)[self.clean & (self.split == "validation")]
+        ).fit(table.x[train], table.y[train], (table.x[held], table.y[held]))
+        area = auroc(table.y[held], probe.predict_proba(table.x[held]))
+        maxima = decisions.maxima(self.scores(probe))[decisions.clean & (decisions.split == "validation")]
         probe.threshold = threshold_for(maxima, self.config.false_alarm_rate)
         return probe, area
 
-    def table(self, window: int) -> Table:
-        """Labels and places of the decisions over ``window`` (the same whatever the part)."""
-        return self.tables["length", window]
-
-    def matrix(self, features: FeatureSet) -> np.ndarray:
-        """``[n, d]`` of a feature set, its parts put together in its order."""
-        random = features.channels == self.origin["random"].get(self.name)
-        named = {"spectral": "random" if random else "spectral"}
-        return np.concatenate([self.tables[named.get(p, p), features.window].x for p in features.parts], axis=1)
-
     def scores(self, probe: Probe) -> np.ndarray:
-        """Probability of every sample ``[n]``, -inf where the features are not valid."""
-        table = self.table(probe.features.window)
-        p = probe.predict_proba(self.matrix(probe.features))
-        return np.where(table.valid_for(probe.features.parts), p, -np.inf)
-
-    def maxima(self, probe: Probe, scores: np.ndarray) -> np.ndarray:
-        """Largest score of every trace ``[n traces]``."""
-        out = np.full(len(self.traces), -np.inf)
-        np.maximum.at(out, self.table(probe.features.window).trace, scores)
-        return out
+        """Probability of every decision ``[n]``, -inf where the features are not valid."""
+        table = self.table(probe.features)
+        return np.where(table.valid, probe.predict_proba(table.x), -np.inf)
 
     def choose(self, names: Sequence[str], channels: str) -> tuple[Probe, list[dict[str, Any]]]:
         """Fit all names, windows and weight decays; the best on validation, and the list of all."""
@@ -135,71 +126,8 @@ class Level:
 
     def report(self, probe: Probe) -> dict[str, Any]:
         """Test figures with 95 % intervals (problems resampled), at the probe's threshold."""
-        table = self.table(probe.features.window)
-        scores = self.scores(probe)
-        problems = sorted({t.problem.id for t, s in zip(self.traces, self.split, strict=True) if s == "test"})
-        index = {p: i for i, p in enumerate(problems)}
-        of_trace = np.array([index.get(t.problem.id, -1) for t in self.traces])
-        draws = bootstrap_draws(len(problems), self.config.bootstrap, self.config.seed)
-
-        def per_problem(where: np.ndarray, values: Any = 1.0) -> np.ndarray:
-            out = np.zeros(len(problems))
-            np.add.at(out, where, values)
-            return out
-
-        rows = (self.split[table.trace] == "test") & (table.y >= 0) & np.isfinite(scores)
-        y, s, p = table.y[rows], scores[rows], of_trace[table.trace[rows]]
-        alarm = s > probe.threshold
-        hit = alarm & (y == 1)
-        out: dict[str, Any] = {
-            "n": int(rows.sum()),
-            "n_problems": len(problems),
-            "base_rate": round(float((y == 1).mean()), 4) if len(y) else None,
-            "threshold": probe.threshold,
-            "auroc": interval(weighted_auroc(y, s, draws[:, p])),
-            "accuracy": ratio(per_problem(p, alarm == (y == 1)), per_problem(p), draws),
-            "recall": ratio(per_problem(p, hit), per_problem(p, y == 1), draws),
-            "precision": ratio(per_problem(p, hit), per_problem(p, alarm), draws),
-        }
-        clean = np.flatnonzero(self.clean & (self.split == "test"))
-        tokens = np.array([self.traces[int(i)].thinking_end for i in clean], dtype=np.float64)
-        fired = np.zeros(len(self.traces))
-        np.add.at(fired, table.trace, scores > probe.threshold)
-        where = of_trace[clean]
-        out["false_alarms_per_1000_tokens"] = ratio(
-            per_problem(where, fired[clean]), per_problem(where, tokens / 1000), draws
-        )
-        out["clean_traces_alarmed"] = ratio(per_problem(where, fired[clean] > 0), per_problem(where), draws)
-        out["n_clean_traces"] = len(clean)
-        if self.name != "instance":
-            out |= self._delay(probe, scores, of_trace, per_problem, draws)
-        return out
-
-    def _delay(
-        self, probe: Probe, scores: np.ndarray, of_trace: np.ndarray, per_problem: Any, draws: np.ndarray
-    ) -> dict[str, Any]:
-        """First alarm at or after the onset, on failing test traces; delays counted from the onset's separator."""
-        table = self.table(probe.features.window)
-        first, ends = {}, {}
-        for i in range(len(scores)):
-            trace, step = int(table.trace[i]), int(table.step[i])
-            begin = self.onsets[trace]
-            if begin is None or self.split[trace] != "test":
-                continue
-            if step == begin:
-                ends[trace] = int(table.token[i])
-            if step >= begin and trace not in first and scores[i] > probe.threshold:
-                first[trace] = (step - begin, int(table.token[i]))
-        failing = [i for i in range(len(self.traces)) if self.onsets[i] is not None and self.split[i] == "test"]
-        found = [i for i in failing if i in first and i in ends]
-        at, at_found = of_trace[failing].astype(int), of_trace[found].astype(int)
-        counted = per_problem(at_found)
-        return {
-            "n_failing_traces": len(failing),
-            "failing_traces_detected": ratio(counted, per_problem(at), draws),
-            "delay_steps": ratio(per_problem(at_found, [first[i][0] for i in found]), counted, draws),
-            "delay_tokens": ratio(per_problem(at_found, [first[i][1] - ends[i] for i in found]), counted, draws),
-        }
+        evaluation = Evaluation(self.decisions[probe.features.window], self.config.bootstrap, self.config.seed)
+        return evaluation.figures(self.scores(probe), probe.threshold)
 
 
 def fit_level(level: Level, out: Path, channels: str, random: str) -> dict[str, Any]:
@@ -216,10 +144,9 @@ def fit_level(level: Level, out: Path, channels: str, random: str) -> dict[str, 
     probes["length"], _ = level.choose(["length"], channels)
     scores: dict[str, torch.Tensor] = {}
     for key, probe in probes.items():
-        table = level.table(probe.features.window)
-        values = level.scores(probe)
-        rows = (level.split[table.trace] == "test") & (table.y >= 0) & np.isfinite(values)
-        scores[f"{key}.y"], scores[f"{key}.score"] = torch.tensor(table.y[rows]), torch.tensor(values[rows])
+        decisions, values = level.decisions[probe.features.window], level.scores(probe)
+        rows = decisions.rows("test") & np.isfinite(values)
+        scores[f"{key}.y"], scores[f"{key}.score"] = torch.tensor(decisions.y[rows]), torch.tensor(values[rows])
         result[key] = {
             "name": probe.features.name,
             "window": probe.features.window,
@@ -236,22 +163,24 @@ def fit_level(level: Level, out: Path, channels: str, random: str) -> dict[str, 
     return {**result, "controls": controls}
 
 
-def _check_neurons(config: FitConfig, model: Any, split: dict[str, str]) -> dict[str, Any]:
+def read_neurons(path: str, model: Any, name: str, split: dict[str, str]) -> dict[str, Any]:
+    """The ``neurons.json`` of ``probes locate``. Raises UserError unless it was made on this model (called ``name``),
+    and on no problem that ``split`` holds out."""
     from neureasoner.models import fingerprint
 
-    neurons = read_json(config.neurons)
+    neurons = read_json(path)
     if neurons.get("kind") != "neurons" or not neurons.get("levels"):
-        raise UserError(f"{config.neurons}: not a neurons.json of probes locate; run probes locate first")
+        raise UserError(f"{path}: not a neurons.json of probes locate; run probes locate first")
     found = fingerprint(model)
     if neurons["fingerprint"] != found:
         raise UserError(
-            f"{config.neurons}: selected on model '{neurons['model']}' ({neurons['fingerprint']}), not on "
-            f"'{config.model}' ({found}); run probes locate on this model"
+            f"{path}: selected on model '{neurons['model']}' ({neurons['fingerprint']}), not on "
+            f"'{name}' ({found}); run probes locate on this model"
         )
     leaked = [p for p in neurons["problems"] if split.get(p, "train") != "train"]
     if leaked:
         raise UserError(
-            f"{config.neurons}: selected on {len(leaked)} problems (such as '{leaked[0]}') that are held out here; "
+            f"{path}: selected on {len(leaked)} problems (such as '{leaked[0]}') that are held out here; "
             "run probes locate on the same traces with the same seed, validation and test shares"
         )
     return neurons
@@ -287,7 +216,7 @@ def fit(config: FitConfig) -> dict[str, Any]:
         labels_of(t)
     split = split_problems(traces, config.validation, config.test, config.seed)
     model, tokenizer = load(config.model)
-    neurons = _check_neurons(config, model, split)
+    neurons = read_neurons(config.neurons, model, config.model, split)
     nothinking = read_traces(config.nothinking) if config.nothinking else []
     easy = instance_labels(traces, nothinking)
     origin = {
@@ -297,7 +226,8 @@ def fit(config: FitConfig) -> dict[str, Any]:
         "random": neurons["random"],
     }
     channels = {k: v["site"] for k, v in neurons["levels"].items()}
-    tables = build_tables(config, folder.path / "features", model, tokenizer, traces, channels, origin, easy)
+    sets = {level: _sets(config, level, site, origin) for level, site in channels.items()}
+    tables = build_tables(folder.path / "features", model, tokenizer, traces, sets, easy, config.batch_size)
     del model
     results: dict[str, Any] = {}
     warnings: list[str] = []
@@ -350,7 +280,7 @@ def fit(config: FitConfig) -> dict[str, Any]:
     }
     write_json(folder.path / "split.json", split)
     write_json(folder.path / "results.json", summary)
-    from neureasoner.probes.detectors.report import print_table
+    from neureasoner.probes.detectors.report_text import print_table
 
     print_table(summary)
     folder.finish(summary)

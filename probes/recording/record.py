@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from neureasoner.artifacts import read_tensors, write_tensors
+from neureasoner.artifacts import fingerprint
 from neureasoner.errors import UserError
+from neureasoner.models import fingerprint as model_fingerprint
+from neureasoner.probes.recording.store import SeriesStore
 from neureasoner.sites import Layout, Site, read_sites
 from neureasoner.traces import Trace
 
@@ -72,12 +74,54 @@ def _forward(
             if "logits" in sites:
                 drawn = torch.tensor(response, device=device)
                 series["logits"] = _logits_series(layout, hidden[i, begin - 1 : begin - 1 + n], drawn)
-            out.append({s: series[s].float().cpu().numpy() for s in sites})
+            # a copy: a view would keep the whole padded batch in memory for as long as one series lives
+            out.append({s: series[s].to("cpu", torch.float32, copy=True).numpy() for s in sites})
     for series_i, (_, response) in zip(out, batch, strict=True):
         for name, value in series_i.items():
             if value.shape[0] != len(response):
                 raise UserError(f"site '{name}': {value.shape[0]} rows for {len(response)} response tokens")
     return out
+
+
+def _names(model: Any, sites: Sequence[str]) -> list[str]:
+    """Site strings in their one spelling, each once. Raises UserError for one that is not in this model."""
+    layout = Layout.of(model)
+    return [str(layout.check(s)) for s in dict.fromkeys(map(str, map(Site.parse, sites)))]
+
+
+def _check(trace: Trace, tokenizer: Any, vocabulary: int) -> None:
+    """Raises UserError unless this model and this tokenizer are those of the trace; one decode, far below a forward."""
+    if not trace.prompt_ids:
+        raise UserError(f"trace '{trace.id}' has no prompt tokens; sample it again with data rollouts")
+    ids = [*trace.prompt_ids, *trace.response_ids]
+    if min(ids) < 0 or max(ids) >= vocabulary:
+        wrong = next(i for i in ids if not 0 <= i < vocabulary)
+        raise UserError(
+            f"trace '{trace.id}' holds token {wrong}, the model knows 0 to {vocabulary - 1}; "
+            "name the model the trace was sampled from"
+        )
+    # as build_trace and Separators decode
+    text = tokenizer.decode(trace.response_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if text != trace.response:
+        pairs = zip(text, trace.response, strict=False)
+        shared = min(len(text), len(trace.response))
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), shared)
+        raise UserError(
+            f"trace '{trace.id}': with this tokenizer its tokens spell {text[at : at + 20]!r} at character {at}, its "
+            f"text has {trace.response[at : at + 20]!r}; name the model the trace was sampled from"
+        )
+
+
+def _check_finite(trace: Trace, series: dict[str, np.ndarray], model: Any) -> None:
+    for site, values in series.items():
+        finite = np.isfinite(values)
+        if not finite.all():
+            t, c = np.argwhere(~finite)[0]
+            raise UserError(
+                f"site '{site}', trace '{trace.id}', response token {t}, channel {c}: the model gave {values[t, c]} in "
+                f"{str(model.dtype).removeprefix('torch.')}; load it in bfloat16 or float32, and if it is, its weights "
+                "are damaged"
+            )
 
 
 def record(
@@ -93,23 +137,25 @@ def record(
     """Yield the series ``{site: float32 [T, C]}`` of every trace, in order.
 
     ``thinking_only`` feeds and returns only the first ``trace.thinking_end`` rows. Raises UserError for a site that is
-    not in the model, a trace without a prompt, or a site that does not fire once per token.
+    not in the model, a trace without a prompt or of another vocabulary, a site that does not fire once per token, and
+    a value that is not finite.
     """
-    layout = Layout.of(model)
-    names = [str(layout.check(s)) for s in dict.fromkeys(map(str, map(Site.parse, sites)))]
+    names, vocabulary = _names(model, sites), int(model.get_input_embeddings().weight.shape[0])
     pad = getattr(tokenizer, "pad_token_id", None) or 0
     pending: list[Trace] = []
 
     def flush() -> Iterator[dict[str, np.ndarray]]:
         pairs = [(t.prompt_ids, t.response_ids[: t.thinking_end] if thinking_only else t.response_ids) for t in pending]
         for trace in pending:
-            if not trace.prompt_ids:
-                raise UserError(f"trace '{trace.id}' has no prompt tokens; sample it again with data rollouts")
+            _check(trace, tokenizer, vocabulary)
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
         done: dict[int, dict[str, np.ndarray]] = {}
         for i in range(0, len(order), batch_size):
             members = order[i : i + batch_size]
-            done.update(zip(members, _forward(model, [pairs[m] for m in members], names, padding, pad), strict=True))
+            found = _forward(model, [pairs[m] for m in members], names, padding, pad)
+            for m, series in zip(members, found, strict=True):
+                _check_finite(pending[m], series, model)
+                done[m] = series
         yield from (done[i] for i in range(len(pairs)))
 
     for trace in traces:
@@ -120,22 +166,6 @@ def record(
     yield from flush()
 
 
-def save_series(path: str | Path, items: Sequence[tuple[str, dict[str, np.ndarray]]]) -> None:
-    """Write ``(trace id, series)`` pairs as one safetensors shard."""
-    tensors = {f"{i}/{site}": torch.from_numpy(v) for i, (_, series) in enumerate(items) for site, v in series.items()}
-    write_tensors(path, tensors, {"ids": [name for name, _ in items]})
-
-
-def load_series(path: str | Path) -> list[tuple[str, dict[str, np.ndarray]]]:
-    """Inverse of ``save_series``."""
-    tensors, meta = read_tensors(path)
-    out: list[tuple[str, dict[str, np.ndarray]]] = [(name, {}) for name in meta["ids"]]
-    for key, value in tensors.items():
-        i, site = key.split("/", 1)
-        out[int(i)][1][site] = value.numpy()
-    return out
-
-
 def record_to(
     folder: str | Path,
     model: Any,
@@ -143,15 +173,40 @@ def record_to(
     traces: Sequence[Trace],
     sites: Sequence[str],
     batch_size: int = 16,
-    shard: int = 128,
-) -> list[Path]:
-    """Record into ``folder/00000.safetensors``, …; shards that exist are kept, so a kill costs one shard."""
-    paths = []
-    for i in range(0, len(traces), shard):
-        part = traces[i : i + shard]
-        path = Path(folder) / f"{i // shard:05d}.safetensors"
-        if not path.is_file():
-            ids = [t.id for t in part]
-            save_series(path, list(zip(ids, record(model, tokenizer, part, sites, batch_size), strict=True)))
-        paths.append(path)
-    return paths
+    shard: int = 64,
+    dtype: str = "float32",
+) -> SeriesStore:
+    """Record into the store in ``folder``, ``shard`` traces an append, and return it.
+
+    Traces that are in the store are skipped, so a kill costs one shard. Raises UserError as ``record`` and
+    ``SeriesStore.create`` do, for two traces of one id, and for one that was recorded from other tokens.
+    """
+    from rich.progress import Progress
+
+    layout, names = Layout.of(model), _names(model, sites)
+    vocabulary = fingerprint(tokenizer.get_vocab())
+    store = SeriesStore.create(
+        folder,
+        {name: layout.width(name) for name in names},
+        model_fingerprint=model_fingerprint(model),
+        tokenizer_fingerprint=vocabulary,
+        dtype=dtype,
+    )
+    keys: dict[str, str] = {}
+    for trace in traces:
+        if trace.id in keys:
+            raise UserError(f"trace id '{trace.id}' occurs twice; ids must be unique")
+        keys[trace.id] = fingerprint(trace.prompt_ids, trace.response_ids)
+        if trace.id in store and store.key(trace.id) != keys[trace.id]:
+            raise UserError(
+                f"{folder}: trace '{trace.id}' was recorded from other tokens; choose another folder or delete it"
+            )
+    todo = [t for t in traces if t.id not in store]
+    with Progress() as bar:
+        task = bar.add_task("recording", total=len(traces), completed=len(traces) - len(todo))
+        for i in range(0, len(todo), shard):
+            part = todo[i : i + shard]
+            recorded = record(model, tokenizer, part, names, batch_size)
+            store.append([(t.id, s) for t, s in zip(part, recorded, strict=True)], [keys[t.id] for t in part])
+            bar.update(task, advance=len(part))
+    return store

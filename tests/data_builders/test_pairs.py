@@ -9,11 +9,13 @@ import torch
 
 from neureasoner.data_builders.config import ProblemsConfig
 from neureasoner.data_builders.judges import ExactJudge
-from neureasoner.data_builders.pairs import Row, Writer, failure, instance_pairs, make_pairs, pairs_of, read_pairs
+from neureasoner.data_builders.pairs import Row, Writer, make_pairs, pairs_of
 from neureasoner.data_builders.pairs_config import PairsConfig
 from neureasoner.data_builders.problem_file import build_problems
 from neureasoner.errors import UserError
 from neureasoner.models import load
+from neureasoner.pairs import read_pairs
+from neureasoner.probes.labels import failure, instance_pairs
 from neureasoner.traces import read_problems
 
 

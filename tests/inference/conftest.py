@@ -49,6 +49,7 @@ class FakeProbe:
     features: FakeFeatures = field(default_factory=FakeFeatures)
     threshold: float = 0.5
     model_fingerprint: str = "any"
+    rule: Any = None
 
     def predict_proba(self, x: np.ndarray) -> np.ndarray:
         return np.array([0.9 if self.when(int(a), int(b)) else 0.1 for a, b in x])

@@ -10,6 +10,7 @@ import pytest
 from neureasoner.errors import UserError
 from neureasoner.inference.controller import Controller
 from neureasoner.inference.plan import Action
+from neureasoner.probes.detectors.sequential import Sequential
 
 CLOSE = "Okay, I have finished thinking.\n</think>\n\n"
 
@@ -124,6 +125,18 @@ def test_immediate_and_consecutive(talker, tokenizer, prompts, kit):
     assert [e["token"] for e in g.events] == [4]
     assert [b[-1] for _, b in features.seen] == [1, 2, 3, 4]
     assert g.response_ids[:4] == plain.response_ids[:4]
+
+
+def test_a_probes_own_rule_decides_and_starts_anew_after_an_intervention(talker, tokenizer, prompts, kit):
+    steps = []
+    probe = kit.FakeProbe(lambda n, s: steps.append(s) is None, rule=Sequential("consecutive", m=3))
+    plan = kit.plan_of(intra=("<INTRA>", {"probe": "p", "max": 2}))
+    [g] = kit.sample(talker(), tokenizer, prompts[:1], plan, {"p": probe}, max_new_tokens=120)
+    assert len(g.events) == 2 and steps.index(3) == 2
+    first, second = ([s["step"] for s in g.scores if s["step"] == e["step"]] for e in g.events)
+    assert len(first) == len(second) == 1, "two scores in a row said nothing, the third fired"
+    again = steps[steps.index(3) + 1 :]
+    assert again[:3] == [again[0], again[0] + 1, again[0] + 2], "three more before it fires again"
 
 
 def test_random_triggers_depend_on_seed_and_row_only(talker, tokenizer, prompts, kit):

@@ -20,6 +20,7 @@ from neureasoner.inference.plan import Plan
 from neureasoner.inference.steered import NO_THINKING, SteeredModel, encode_prompt
 from neureasoner.models import fingerprint
 from neureasoner.probes.detectors.probe import Probe
+from neureasoner.probes.detectors.sequential import Sequential
 from neureasoner.probes.features import FeatureSet
 from neureasoner.traces import Problem, read_traces, write_rows
 
@@ -104,22 +105,28 @@ def test_promise_9_a_killed_assemble_leaves_no_half_checkpoint(base, probes, tmp
     assert SteeredModel.from_pretrained(tmp_path / "s").plan.names == ["instance", "intra"]
 
 
-def test_steered_generation_online_scores_equal_offline_scores(checkpoint):
-    """The probe gives the same number while decoding as on the finished trace."""
+@pytest.mark.parametrize("rule", [None, Sequential("ewma", alpha=0.4), Sequential("consecutive", m=2)])
+def test_steered_generation_online_scores_equal_offline_scores(checkpoint, rule):
+    """The probe gives the same number while decoding as on the finished trace, and so does its decision rule."""
     steered = SteeredModel.from_pretrained(checkpoint, device="cpu")
     assert steered.plan.rule("instance").trigger.at_step == 2
     plan = steered.plan.select(["intra"]).replace_triggers({"intra": {"threshold": 2.0}})
     quiet = steered.with_plan(plan)
+    quiet.probes["probes/intra"].rule = rule
     sites = ["logits", "residual:0"]
     out = quiet.generate(QUESTIONS * 2, temperature=1.5, max_new_tokens=300, record=sites, seed=2)
     probe, checked = quiet.probes["probes/intra"], 0
     for g in out:
         assert g.triggers == 0
         ends = [0, *(s.token_end for s in g.steps if s.closed)]
+        plain = []
+        for step in range(len(ends) - 1):
+            x, valid = probe.features.compute(g.series, ends[: step + 2])
+            plain.append(float(probe.predict_proba(x[None])[0]) if valid else -np.inf)
+        want = np.array(plain) if rule is None else rule.apply(np.array(plain), np.zeros(len(plain), dtype=int))
         for score in g.scores:
-            x, valid = probe.features.compute(g.series, ends[: score["step"] + 2])
-            assert valid and score["score"] == pytest.approx(probe.predict_proba(x[None])[0], abs=1e-9)
-            checked += 1
+            assert score["score"] == pytest.approx(want[score["step"]], abs=1e-9)
+        checked += len(g.scores)
     assert checked >= 3
 
 

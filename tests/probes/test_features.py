@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,15 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neureasoner.errors import UserError
-from neureasoner.probes.features import (
-    ENTROPY,
-    FLOOR,
-    LENGTH,
-    FeatureSet,
-    entropy_features,
-    spectral_features,
-    spectrum,
-)
+from neureasoner.probes.features import ENTROPY, LENGTH, TREND, FeatureSet, entropy_features, trend_features
+from neureasoner.probes.spectrum import BACKEND, FLOOR, fixed_spectrum, spectral_features, spectrum
 
 GOLDEN = [  # core.md §8.1: series, r_HF, r_LF, r_dom, H, e
     (list(range(1, 9)), 0.379234, 0.620766, 0.620766, 0.766398, 5.170484),
@@ -190,3 +184,100 @@ def test_fast_enough_to_run_while_decoding():
         features.compute(full, [0, 280, 320, 360, 400])
         times.append(time.perf_counter() - begin)
     assert min(times) < 1e-3
+
+
+ALGORITHM_2 = [  # core.md §8.1: series, r_HF, r_dom, H, e with K = 8
+    (list(range(1, 9)), 0.101503, 0.482599, 0.610562, 3.737670),
+    ([0, 1, 0, -1] * 3, 0.985627, 0.857143, 0.280033, 1.098612),
+    ([3, 1, -4, 1, -5, 9, 2, -6, 5], 0.608270, 0.291537, 0.876015, 3.988984),
+    ([1, 0, 2, 5], 0.267154, 0.259292, 0.888372, 2.639057),
+]
+
+
+@pytest.mark.parametrize("row", ALGORITHM_2)
+def test_algorithm_2_golden_values(row):
+    got = fixed_spectrum(np.array([row[0]], dtype=float), "algorithm-2/uniform/8")
+    np.testing.assert_allclose([got[k][0] for k in ("r_hf", "r_dom", "entropy", "energy")], row[1:], atol=1e-6)
+
+
+def test_back_ends_are_different_feature_sets_and_part_of_their_identity():
+    site = "neuron:1[0,1]"
+    series = {site: np.random.default_rng(0).normal(size=(64, 2))}
+    sets = {
+        b: FeatureSet.named("spectral", "inter", 4, site, backend=b)
+        for b in (BACKEND, "algorithm-2/uniform/16", "algorithm-2/log/16")
+    }
+    values = [f.compute(series, [0, 20, 64])[0] for f in sets.values()]
+    assert all(not np.allclose(a, b) for a, b in zip(values, [*values[1:], values[0]], strict=True))
+    for f in sets.values():
+        assert FeatureSet.from_dict(f.to_dict()) == f
+    old = sets[BACKEND].to_dict()
+    del old["backend"]  # written before there was a choice
+    assert FeatureSet.from_dict(old) == sets[BACKEND]
+
+
+@pytest.mark.parametrize(
+    ("backend", "level", "message"),
+    [
+        ("fft", "intra", "unknown"),
+        ("algorithm-2/uniform/x", "intra", "unknown"),
+        ("algorithm-2/mel/16", "intra", "grid 'mel'"),
+        ("algorithm-2/log/16", "intra", "no features of level 'intra'"),
+        ("algorithm-2/uniform/16", "instance", "no features of level 'instance'"),
+    ],
+)
+def test_wrong_back_ends_are_refused(backend, level, message):
+    with pytest.raises(UserError, match=message):
+        FeatureSet.named("spectral", level, 2, "neuron:1[0]", backend=backend)
+
+
+def test_trend_values_written_out():
+    rng = np.random.default_rng(3)
+    residual, logits, bounds = rng.normal(size=(30, 5)), rng.random((30, 2)), [0, 4, 9, 17, 30]
+    got = trend_features(residual, logits, bounds)
+    last = [residual[b - 1] for b in bounds[1:]]
+    means = [residual[a:b].mean(0) for a, b in pairwise(bounds)]
+    cos = lambda a, b: a @ b / np.linalg.norm(a) / np.linalg.norm(b)  # noqa: E731
+    named = dict(zip(TREND, got[5:], strict=True))
+    np.testing.assert_allclose(got[:5], last[-1] - last[-2])
+    assert named["state_cosine_previous"] == pytest.approx(cos(last[-1], last[-2]))
+    assert named["state_cosine_nearest"] == pytest.approx(max(cos(last[-1], x) for x in last[:-2]))
+    assert named["mean_cosine_previous"] == pytest.approx(cos(means[-1], means[-2]))
+    assert named["mean_cosine_nearest"] == pytest.approx(max(cos(means[-1], x) for x in means[:-2]))
+    assert named["norm_ratio"] == pytest.approx(np.log(np.linalg.norm(last[-1]) / np.linalg.norm(last[-2])))
+    steps = [logits[a:b].mean(0) for a, b in pairwise(bounds)]
+    slope = np.polyfit(range(4), np.array(steps)[:, 0], 1)[0]
+    assert named["entropy_slope"] == pytest.approx(slope)
+    assert named["surprisal_slope"] == pytest.approx(np.polyfit(range(4), np.array(steps)[:, 1], 1)[0])
+
+
+@pytest.mark.parametrize("bounds", [[0, 6], [0, 6, 12], [0, 6, 12, 18]])
+def test_trend_is_finite_with_few_steps_and_zero_states(bounds):
+    x = trend_features(np.zeros((18, 3)), np.zeros((18, 2)), bounds)
+    assert x.shape == (3 + len(TREND),) and np.isfinite(x).all()
+
+
+def test_magnitude_values():
+    site, x = "neuron:1[4,7]", np.random.default_rng(5).normal(size=(40, 2))
+    got, valid = FeatureSet.named("magnitude", "intra", 2, site).compute({site: x}, [0, 10, 25, 40])
+    window, step = np.abs(x[25:40]), np.abs(x[25:40])  # k = 2 keeps one finished step
+    np.testing.assert_allclose(got, np.concatenate([window.mean(0), step.mean(0), window.max(0)]))
+    got, _ = FeatureSet.named("magnitude", "intra", 3, site).compute({site: x}, [0, 10, 25, 40])
+    np.testing.assert_allclose(got[:4], np.concatenate([np.abs(x[10:40]).mean(0), np.abs(x[25:40]).mean(0)]))
+    assert valid
+
+
+def test_several_sites_of_spectra_and_states_are_put_side_by_side():
+    rng = np.random.default_rng(1)
+    series = {"neuron:0[1]": rng.normal(size=(40, 1)), "head:2[0,1]": rng.random((40, 2))}
+    series |= {"residual:0": rng.normal(size=(40, 4)), "residual:2": rng.normal(size=(40, 4))}
+    both = FeatureSet.named("spectral+residual", "intra", 2, "neuron:0[1] head:2[0,1]", "residual:0 residual:2")
+    assert both.sites() == list(series) and both.dim(4) == 3 * 3 + 2 * 8
+    x, _ = both.compute(series, [0, 20, 40])
+    apart = [
+        FeatureSet.named("spectral", "intra", 2, "neuron:0[1]"),
+        FeatureSet.named("spectral", "intra", 2, "head:2[0,1]"),
+        FeatureSet.named("residual", "intra", 2, "", "residual:0"),
+        FeatureSet.named("residual", "intra", 2, "", "residual:2"),
+    ]
+    np.testing.assert_array_equal(x, np.concatenate([f.compute(series, [0, 20, 40])[0] for f in apart]))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from scipy.special import erf, expit
 
-from neureasoner.artifacts import read_json, write_json
+import neureasoner
+from neureasoner.artifacts import file_fingerprint, read_json, write_json, write_tensors
 from neureasoner.errors import UserError
 from neureasoner.models import fingerprint
 from neureasoner.probes.detectors.metrics import (
@@ -19,7 +23,18 @@ from neureasoner.probes.detectors.metrics import (
     weighted_auroc,
 )
 from neureasoner.probes.detectors.probe import Probe
+from neureasoner.probes.detectors.sequential import Sequential
 from neureasoner.probes.features import FeatureSet
+
+SHIPPED = Path(neureasoner.__file__).parent / "assets" / "tiny-steered" / "probes"
+GOLDEN = {  # logits and probabilities of two seeded rows, by the version that wrote the files (schema 1)
+    "intra": ([-3.968453155922975, -3.2971969375028936], [0.005908858382772613, 0.010018971477618516]),
+    "inter": ([-2.6593629077768277, -36.02219943818152], [0.002278380814125838, 1.1113456750814985e-12]),
+    "instance": ([-3.9354428028618407, -2.4446003949123796], [0.12669852780205973, 0.22215782683198357]),
+    "paper/intra": ([0.10894245208312237, -12.66175043123642], [0.11606436694083738, 5.939655631593675e-05]),
+    "paper/inter": ([-0.5811981821310787, -17.277909409256353], [0.032165634403740866, 1.5709555108190902e-07]),
+    "paper/instance": ([-2.7684529969479574, 9.610062464129143], [0.1924828723448247, 0.9843058777138558]),
+}
 
 
 def data(n=400, d=16, seed=0):
@@ -84,12 +99,24 @@ def test_promise_10_bad_probe_folders_are_refused(tmp_path):
         ({"feature_backend": "stft"}, "features 'stft'"),
         ({"schema": 99}, "schema 99"),
         ({"tensors": "x"}, "different fits"),
-        ({"settings": {"hidden": 7}}, "damaged"),
+        ({"settings": {"hidden": 7}}, "damaged tensors of kind 'mlp'"),
+        ({"settings": {"depth": 7}}, "estimator 'mlp' has no setting 'depth'"),
+        ({"estimator": "logistic", "settings": {}}, "damaged tensors of kind 'logistic'"),
+        ({"estimator": "boosting", "settings": {}}, "'boosting' is for comparison and cannot be saved"),
+        ({"estimator": "svm"}, "estimator 'svm' is unknown"),
+        ({"rule": {"name": "consecutive"}}, "rule 'consecutive' needs setting 'm'"),
+        ({"epsilon": 1e-3}, "with epsilon 0.001"),
         ({"features": {"name": "entropy"}}, "malformed"),
+        ({"platt": [1.0]}, "damaged probe"),
+        ({"threshold": "high"}, "damaged probe"),
     ):
         write_json(path, good | change)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=message) as error:
             Probe.load(tmp_path / "p")
+        assert str(error.value).startswith(str(tmp_path / "p"))
+    write_json(path, {k: v for k, v in good.items() if k != "threshold"})
+    with pytest.raises(UserError, match=r"damaged probe \('threshold'\)"):
+        Probe.load(tmp_path / "p")
     write_json(path, good)
     (tmp_path / "p" / "probe.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match="not a safetensors"):
@@ -107,9 +134,137 @@ def test_probe_of_another_model_is_refused(make_model):
         probe.check(model)
 
 
-def test_one_class_is_refused():
-    with pytest.raises(UserError, match="both classes"):
+def test_bad_training_data_is_refused_by_level():
+    with pytest.raises(UserError, match="probe 'intra': training needs both classes"):
         Probe(FeatureSet.named("entropy", "intra", 4)).fit(np.zeros((4, 16)), np.zeros(4))
+    x = np.zeros((4, 16))
+    x[1, 9] = np.nan
+    with pytest.raises(UserError, match="probe 'intra': features hold NaN or infinity in column 9"):
+        Probe(FeatureSet.named("entropy", "intra", 4)).fit(x, np.arange(4) % 2)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_shipped_probes_score_as_when_they_were_written(name):
+    """Written by schema 1: no kind of estimator, no rule, no back end in the feature set."""
+    probe = Probe.load(SHIPPED / name)
+    mean, scale = probe.estimator.mean_, probe.estimator.scale_
+    x = np.random.default_rng(7).normal(size=(4, len(mean)))[:2] * 3 * scale + mean
+    logits, p = GOLDEN[name]
+    np.testing.assert_allclose(probe.decision_function(x), logits, rtol=1e-12)
+    np.testing.assert_allclose(probe.predict_proba(x), p, rtol=1e-12)
+    assert read_json(SHIPPED / name / "probe.json")["schema"] == 1
+    assert probe.rule is None and probe.estimator.kind == "mlp"
+    np.testing.assert_array_equal(probe.predict(x), np.array(p) > probe.threshold)
+
+
+def write_schema_1(folder, tensors):
+    settings = {"hidden": 5, "dropout": 0.1, "lr": 0.001, "weight_decay": 3.0}
+    settings |= {"batch_size": 256, "epochs": 40, "patience": 6, "seed": 19}
+    features = {"name": "length", "level": "inter", "parts": ["length"], "window": 4, "channels": "", "residual": ""}
+    write_tensors(folder / "probe.safetensors", tensors)
+    write_json(
+        folder / "probe.json",
+        {
+            "schema": 1,
+            "kind": "probe",
+            "features": features,
+            "feature_backend": "exact-rfft",
+            "epsilon": 1e-12,
+            "model": "m",
+            "model_fingerprint": "f",
+            "layer": None,
+            "threshold": 0.25,
+            "platt": [0.5, -0.25],
+            "settings": settings,
+            "history": [{"epoch": 0, "loss": 0.3, "auroc": 0.9}],
+            "notes": {"validation_auroc": 0.9},
+            "tensors": file_fingerprint([folder / "probe.safetensors"]),
+        },
+    )
+
+
+def test_schema_1_still_loads_and_means_the_same(tmp_path):
+    rng = np.random.default_rng(0)
+    w = {f"mlp.{i}.weight": rng.normal(size=s) for i, s in ((0, (5, 6)), (3, (5, 5)), (6, (1, 5)))}
+    w |= {f"mlp.{i}.bias": rng.normal(size=s) for i, s in ((0, 5), (3, 5), (6, 1))}
+    w |= {"scaler.mean": rng.normal(size=6), "scaler.scale": rng.random(6) + 0.5}
+    write_schema_1(tmp_path, {k: torch.from_numpy(v) for k, v in w.items()})
+    probe = Probe.load(tmp_path)
+    x = rng.normal(size=(30, 6)) * 8
+    h = np.clip((x.astype(np.float32).astype(np.float64) - w["scaler.mean"]) / w["scaler.scale"], -8, 8)
+    for i in (0, 3):
+        h = h @ w[f"mlp.{i}.weight"].T + w[f"mlp.{i}.bias"]
+        h = h * (1 + erf(h / np.sqrt(2))) / 2
+    logits = h @ w["mlp.6.weight"][0] + w["mlp.6.bias"]
+    np.testing.assert_allclose(probe.decision_function(x), logits, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(probe.predict_proba(x), expit(0.5 * logits - 0.25), rtol=1e-12, atol=1e-15)
+    assert (probe.threshold, probe.rule, probe.history_[0]["auroc"]) == (0.25, None, 0.9)
+    assert probe.estimator.get_params()["weight_decay"] == 3.0
+    probe.save(tmp_path / "again")
+    again, info = Probe.load(tmp_path / "again"), read_json(tmp_path / "again" / "probe.json")
+    np.testing.assert_array_equal(again.predict_proba(x), probe.predict_proba(x))
+    assert (info["schema"], info["estimator"], info["rule"]) == (2, "mlp", None)
+
+
+def test_logistic_probe_is_calibrated_saved_and_loaded(tmp_path):
+    (x, y), held = data(), data(200, seed=1)
+    features = FeatureSet.named("entropy", "intra", 4)
+    probe = Probe(features, kind="logistic", C=0.1).fit(x, y, held)
+    xt, yt = data(1000, seed=2)
+    p = probe.predict_proba(xt)
+    assert auroc(yt, p) > 0.93 and abs(p.mean() - yt.mean()) < 0.06 and probe.history_ == []
+    probe.save(tmp_path / "p")
+    again = Probe.load(tmp_path / "p")
+    np.testing.assert_array_equal(again.predict_proba(xt), p)
+    info = read_json(tmp_path / "p" / "probe.json")
+    assert info["estimator"] == "logistic" and info["settings"]["C"] == 0.1 == again.estimator.get_params()["C"]
+
+
+def test_a_rule_decides_over_the_rows_of_each_trace_and_is_saved(tmp_path):
+    probe = fitted(rule=Sequential("consecutive", m=2))
+    probe.threshold = 0.4
+    x, _ = data(300, seed=6)
+    above = probe.predict_proba(x) > 0.4
+    np.testing.assert_array_equal(probe.predict(x), above & np.r_[False, above[:-1]])
+    trace = np.arange(300) // 7
+    first = np.r_[True, trace[1:] != trace[:-1]]
+    want = above & np.r_[False, above[:-1]] & ~first
+    assert 0 < want.sum() < probe.predict(x).sum()
+    np.testing.assert_array_equal(probe.predict(x, trace), want)
+    probe.save(tmp_path / "p")
+    assert read_json(tmp_path / "p" / "probe.json")["rule"] == {"name": "consecutive", "m": 2}
+    again = Probe.load(tmp_path / "p")
+    assert again.rule == probe.rule
+    np.testing.assert_array_equal(again.predict(x, trace), want)
+
+
+def test_boosting_can_be_compared_but_not_saved(tmp_path):
+    probe = Probe(FeatureSet.named("entropy", "intra", 4), kind="boosting", max_iter=30).fit(*data(), data(200, seed=1))
+    x, y = data(500, seed=2)
+    assert auroc(y, probe.predict_proba(x)) > 0.9
+    with pytest.raises(UserError, match="estimator 'boosting' is for comparison and cannot be saved"):
+        probe.save(tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
+def test_unknown_estimators_and_settings_are_refused():
+    features = FeatureSet.named("entropy", "intra", 4)
+    with pytest.raises(UserError, match="estimator 'svm' is unknown; use one of mlp, logistic, boosting"):
+        Probe(features, kind="svm")
+    with pytest.raises(UserError, match="estimator 'mlp' has no setting 'C'"):
+        Probe(features, C=1.0)
+
+
+def test_spectral_back_end_and_scalars_are_in_the_artifact(tmp_path):
+    (x, y), sites = data(80, d=9), "neuron:1[3] neuron:2[0,4]"
+    features = FeatureSet.named("spectral", "intra", 4, sites, backend="algorithm-2/uniform/16")
+    Probe(features, epochs=1).fit(x, y).save(tmp_path)
+    info = read_json(tmp_path / "probe.json")
+    assert (info["feature_backend"], info["scalar"]) == ("algorithm-2/uniform/16", "abs")
+    assert Probe.load(tmp_path).features == features
+    write_json(tmp_path / "probe.json", info | {"feature_backend": "exact-rfft"})
+    with pytest.raises(UserError, match=r"fitted on features 'exact-rfft' .* computes 'algorithm-2/uniform/16'"):
+        Probe.load(tmp_path)
 
 
 def test_auroc_equals_sklearn_with_ties_and_weights():

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from neureasoner.errors import UserError
-from neureasoner.probes.attribution.locate import locate, loop_openings
-from neureasoner.probes.config import FitConfig, LocateConfig, ReportConfig
+from neureasoner.probes.attribution.locate import locate
+from neureasoner.probes.attribution.spans import loop_openings
+from neureasoner.probes.config import FitConfig, LocateConfig
 from neureasoner.probes.detectors import tables
 from neureasoner.probes.detectors.fit import fit
 from neureasoner.probes.detectors.probe import Probe
 from neureasoner.probes.detectors.report import report
+from neureasoner.probes.detectors.report_config import ReportConfig
 from neureasoner.steps import segment
 from neureasoner.traces import InterLabel, IntraLabel, Labels, Problem, Trace, write_rows
 
@@ -126,10 +128,33 @@ def test_planted_failures_are_found_and_beat_the_controls(work):
 
 
 def test_report_draws_figures(work, capsys):
-    done = report(ReportConfig(fit=str(work / "fit"), out=str(work / "report")))
-    assert done["figures"] == ["intra.png", "inter.png", "instance.png"]
+    small = {
+        "estimators": ["logistic"],
+        "compared": ["logistic"],
+        "curve": [6, 12],
+        "repeats": 2,
+        "bootstrap": 30,
+        "trajectories": 8,
+    }
+    done = report(ReportConfig(fit=str(work / "fit"), out=str(work / "report"), **small))
+    levels = ["intra", "inter", "instance"]
+    assert done["figures"] == [*(f"{n}_report.png" for n in levels), *(f"{n}.png" for n in levels)]
     assert all((work / "report" / f).stat().st_size > 1000 for f in done["figures"])
     assert "AUROC" in capsys.readouterr().out
+    found = json.loads((work / "report" / "report.json").read_text())["levels"]
+    for level, entry in found.items():
+        sets = {e["set"]: e for e in entry["sets"]}
+        assert {"spectral", "random", "random block", "length", "entropy+residual+trend"} <= set(sets), level
+        assert entry["chosen"] == max(
+            (s for s in sets if not sets[s]["control"]),
+            key=lambda s: (round(sets[s]["validation_auroc"], 3), -s.count("+")),
+        )
+        assert {e["trajectories"] for e in entry["curve"]["spectral"]} > {6, 12}
+        assert {e["smaller"] for e in entry["nested"]["logistic"]} >= {"entropy", "residual"}
+        assert set(entry["table_4"]) >= {"tokens", "trajectories", "samples"}
+    assert "algorithm-2 log" in {e["set"] for e in found["inter"]["sets"]}
+    text = (work / "report" / "report.md").read_text()
+    assert all(f"## {level}" in text for level in levels) and "nan" not in text
     with pytest.raises(UserError, match="probes fit first"):
         report(ReportConfig(fit=str(work), out=str(work / "no")))
 

@@ -25,16 +25,11 @@ from typing import Any
 import numpy as np
 
 from neureasoner.errors import UserError
-from neureasoner.probes.features import BACKEND, EPS, FLOOR, SPECTRAL, spectrum
+from neureasoner.probes.spectrum import BACKEND, EPS, MIN_LENGTH, SPECTRAL, STREAMING, Grid, fixed_numbers, spectrum
 
-STREAMING = "algorithm-2"
-GRIDS = ("uniform", "log")
-MIN_LENGTH = 4  # tokens; below it there is no spectrum (core.md §1.5)
 LARGEST = 1e150  # of |y|: its square still is a float64
 BLOCK = 64  # tokens added to the sums in one matrix product
 CHUNK = 1 << 14  # values of several rows transformed at once; larger temporaries cost more than calls
-LOG_PERIOD = 4096  # M of the log grid
-LONGEST = 512  # tokens: the longest period the log grid looks for; loops of paragraphs take 50 to 200 (§1.6.3, fact 3)
 REFRESH = 512  # tokens in and out of a window before its sums are made anew (§1.6.3, fact 6)
 SPREAD = 1e4  # the sums are made anew when V was once this much larger than E is now
 
@@ -201,12 +196,7 @@ class FFTWindow(SlidingWindow):
 class StreamingWindow(SlidingWindow):
     """The paper's Algorithm 2 (core.md §1.6.2): power at K fixed frequencies, from sums that follow the window.
 
-    grid         "uniform": ``w_k = pi k / K``, the only one ``intra`` may read: its upper half means ``w > pi / 2``.
-                 "log": ``w_k`` evenly spaced in their logarithm from ``2 pi / 512`` to ``pi``, which sees loops of
-                 whole paragraphs that fall below the lowest uniform frequency (§1.6.3, fact 3); for ``inter``.
-    frequencies  K
-
-    Raises UserError for another grid, for K < 2 (the entropy is divided by log K), and for more K than a log grid has.
+    grid, frequencies  the name of a ``Grid`` and its K; raises UserError as ``Grid.of`` does
 
     Four things differ from the formulas as printed, none in what they compute (§1.6.3, facts 6 and 7):
 
@@ -221,7 +211,7 @@ class StreamingWindow(SlidingWindow):
     So features equal direct evaluation to 1e-9, but for a series of which the grid sees next to nothing (less than
     10^-10 of the power it could): there S is a difference of equal numbers, whichever way it is computed.
 
-    Epsilon is relative to ``sum y^2`` in the ratios and absolute in the energy, as in ``probes/features.py``.
+    Epsilon is relative to ``sum y^2`` in the ratios and absolute in the energy, as in ``probes/spectrum.py``.
     A push costs O(N), the rest O(N K) per token that came or went, whatever L is.
     """
 
@@ -238,24 +228,11 @@ class StreamingWindow(SlidingWindow):
         frequencies: int = 16,
     ):
         super().__init__(rows, channels, window=window, capacity=capacity)
-        if grid not in GRIDS:
-            raise UserError(f"streaming spectra: grid '{grid}' is unknown; use one of {', '.join(GRIDS)}")
-        if frequencies < 2:
-            raise UserError(f"streaming spectra: {frequencies} frequencies are too few; use 2 or more, 16 by default")
-        self.grid, self.frequencies = grid, frequencies
-        self.levels = ("intra", "inter") if grid == "uniform" else ("inter",)
-        if grid == "uniform":
-            period, turns = 2 * frequencies, np.arange(1, frequencies + 1)
-        else:
-            period = LOG_PERIOD
-            turns = np.unique(np.rint(np.geomspace(period // LONGEST, period // 2, frequencies)).astype(np.int64))
-            if len(turns) < frequencies:
-                raise UserError(f"streaming spectra: a log grid has no {frequencies} different frequencies; use 40")
-        self.omega = 2 * np.pi * turns / period  # [K]; none is 0, where eta would be infinite (§1.6.3, fact 4)
-        angle = 2 * np.pi * (np.arange(period)[:, None] * turns % period) / period
-        self._phase = np.exp(-1j * angle)  # q_k^i at [i mod M, k]
-        self._eta = 1.0 / (1.0 - np.exp(-1j * self.omega))
-        ones = np.ones((period, 1))
+        self.grid = Grid.of(grid, frequencies)
+        self.levels = self.grid.levels
+        self._phase = self.grid.phases  # q_k^i at [i mod M, k]
+        self._eta = 1.0 / (1.0 - self._phase[1])
+        ones = np.ones((self.grid.period, 1))
         self._weights = np.concatenate([self._phase.real, self._phase.imag, ones], 1)  # [M, 2 K + 1]
         self._sums = np.zeros((rows, 2 * frequencies + 1, channels))  # Re A, Im A, U
         self._squares, self._peak = np.zeros((rows, channels)), np.zeros((rows, channels))  # V, its largest value
@@ -281,7 +258,7 @@ class StreamingWindow(SlidingWindow):
         self.start += n
 
     def _grid(self) -> dict[str, Any]:
-        return {"grid": self.grid, "frequencies": self.frequencies}
+        return {"grid": self.grid.name, "frequencies": len(self.grid.turns)}
 
     def _fold(self) -> None:
         """Bring the sums up to the newest token."""
@@ -324,22 +301,12 @@ class StreamingWindow(SlidingWindow):
     def _spectra(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         self._fold()
         self._refresh(np.unique(rows))
-        k, period = self.frequencies, len(self._phase)
+        k, period = len(self.grid.turns), len(self._phase)
         length, c, total = self.lengths[rows, None], self._shift[rows], self._sums[rows, -1]
-        energy = self._energy(rows)
         squares = self._squares[rows] + c * (2.0 * total + length * c)  # sum y^2, of y = z + c
         # B = sum of q^i over the window, a geometric series; S = A - mean * B
         b = self._phase[self.start[rows] % period] * (1.0 - self._phase[self.lengths[rows] % period]) * self._eta
         mean = (total / length)[:, None]
         s = self._sums[rows, :-1] - np.concatenate([b.real, b.imag], 1)[:, :, None] * mean  # [r, 2 K, N]
         s *= s
-        power = s[:, :k] + s[:, k:]
-        floor = power.sum(axis=1) + EPS * squares
-        share = power / np.where(floor > 0, floor, 1.0)[:, None]
-        logs = np.log(share, out=np.zeros_like(share), where=share > 0)
-        return {
-            "r_hf": share[:, k // 2 :].sum(axis=1),
-            "r_dom": share.max(axis=1),
-            "entropy": -(share * logs).sum(axis=1) / np.log(k),
-            "energy": np.maximum(np.log(energy + EPS), FLOOR),
-        }
+        return fixed_numbers(s[:, :k] + s[:, k:], squares, self._energy(rows))

@@ -1,0 +1,1 @@
+../../neureasoner/pairs.py
