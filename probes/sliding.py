@@ -25,7 +25,19 @@ from typing import Any
 import numpy as np
 
 from neureasoner.errors import UserError
-from neureasoner.probes.spectrum import BACKEND, EPS, MIN_LENGTH, SPECTRAL, STREAMING, Grid, fixed_numbers, spectrum
+from neureasoner.probes.features import FeatureSet
+from neureasoner.probes.spectrum import (
+    BACKEND,
+    EPS,
+    MIN_LENGTH,
+    SPECTRAL,
+    STREAMING,
+    Grid,
+    fixed_numbers,
+    grid_of,
+    spectrum,
+)
+from neureasoner.sites import Site
 
 LARGEST = 1e150  # of |y|: its square still is a float64
 BLOCK = 64  # tokens added to the sums in one matrix product
@@ -46,6 +58,20 @@ def check_spec(expected: Mapping[str, Any], got: Mapping[str, Any]) -> None:
                 f"spectral features: {key} is {have}, the probe was fitted with {want}; "
                 "read the features the probe was fitted on, or fit it again"
             )
+
+
+def window_for(features: FeatureSet, rows: int) -> SlidingWindow:
+    """The window whose ``features(level)`` are the spectral part of a feature set.
+
+    Raises UserError for a feature set without a spectral part.
+    """
+    if "spectral" not in features.parts:
+        raise UserError(f"feature set '{features.name}' has no spectral part, so there is no window to keep for it")
+    channels = sum(len(Site.parse(c).indices or ()) for c in features.channels.split())
+    grid = grid_of(features.backend)
+    if grid is None:
+        return FFTWindow(rows, channels, window=features.window)
+    return StreamingWindow(rows, channels, window=features.window, grid=grid.name, frequencies=len(grid.turns))
 
 
 class SlidingWindow(ABC):

@@ -19,6 +19,7 @@ from neureasoner.errors import UserError
 from neureasoner.probes.detectors.estimators import CLIP, make_estimator, sigmoid
 from neureasoner.probes.detectors.sequential import Sequential
 from neureasoner.probes.features import FeatureSet
+from neureasoner.probes.sliding import SlidingWindow, check_spec, window_for
 from neureasoner.probes.spectrum import EPS
 from neureasoner.sites import Site
 
@@ -178,6 +179,18 @@ class Probe:
         except (KeyError, TypeError, IndexError, ValueError) as e:
             raise UserError(f"{folder}: damaged probe ({e}); fit it again") from None
         return probe
+
+    def score_window(self, window: SlidingWindow) -> tuple[np.ndarray, np.ndarray]:
+        """Probability ``[B]`` of every row of a sliding window, and whether it may be decided upon, bool ``[B]``.
+
+        For probes of spectra alone. Raises UserError for a window of another back end, grid, length or level.
+        """
+        level = self.features.level
+        check_spec(window_for(self.features, 1).spec(level), window.spec(level))
+        if self.features.parts != ("spectral",):
+            raise UserError(f"feature set '{self.features.name}' needs more than a window of activations")
+        x, valid = window.features(level)
+        return np.where(valid, self.predict_proba(x), -np.inf), valid
 
     def check(self, model: Any) -> None:
         """Raises UserError unless ``model`` holds the weights this probe was fitted on and gives it its features."""

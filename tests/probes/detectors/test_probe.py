@@ -25,6 +25,8 @@ from neureasoner.probes.detectors.metrics import (
 from neureasoner.probes.detectors.probe import Probe
 from neureasoner.probes.detectors.sequential import Sequential
 from neureasoner.probes.features import FeatureSet
+from neureasoner.probes.sliding import window_for
+from neureasoner.probes.spectrum import BACKEND
 
 SHIPPED = Path(neureasoner.__file__).parent / "assets" / "tiny-steered" / "probes"
 GOLDEN = {  # logits and probabilities of two seeded rows, by the version that wrote the files (schema 1)
@@ -295,3 +297,40 @@ def test_threshold_keeps_the_budget(rate):
     maxima[3] = -np.inf
     assert (maxima > threshold_for(maxima, rate)).mean() <= rate
     assert threshold_for(np.full(3, -np.inf), rate) == 0.5
+
+
+BACKENDS = [BACKEND, "algorithm-2/uniform/16", "algorithm-2/log/16"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sliding_window_gives_the_score_of_the_features_it_was_fitted_on(backend):
+    """Both back ends, streamed with pushes and pops, against the window computed at once; others are refused."""
+    rng = np.random.default_rng(4)
+    site = "neuron:1[0,2,5]"
+    features = FeatureSet.named("spectral", "inter", 4, site, backend=backend)
+    x, y = rng.normal(size=(60, features.dim(8))), np.arange(60) % 2
+    probe = Probe(features, epochs=2, hidden=8).fit(x, y)
+    window, series = window_for(features, 2), rng.normal(size=(90, 2, 3))
+    for t, token in enumerate(series):
+        window.push(token)
+        if t % 30 == 29:
+            window.pop(7)
+    p, valid = probe.score_window(window)
+    want = np.stack([features.compute({site: series[21:, row]}, [0, 20, 69])[0] for row in (0, 1)])
+    assert valid.all()
+    np.testing.assert_allclose(p, probe.predict_proba(want), atol=1e-6)
+    for other in BACKENDS:
+        if other != backend:
+            wrong = FeatureSet.named("spectral", "inter", 4, site, backend=other)
+            with pytest.raises(UserError, match=r"spectral features: (backend|grid) is"):
+                probe.score_window(window_for(wrong, 2))
+    with pytest.raises(UserError, match="window is 8"):
+        probe.score_window(window_for(FeatureSet.named("spectral", "inter", 8, site, backend=backend), 2))
+
+
+def test_a_probe_of_more_than_spectra_wants_no_window():
+    with pytest.raises(UserError, match="no spectral part"):
+        window_for(FeatureSet.named("entropy", "inter", 4), 1)
+    features = FeatureSet.named("entropy+spectral", "inter", 4, "neuron:1[0]")
+    with pytest.raises(UserError, match="more than a window"):
+        Probe(features).score_window(window_for(features, 1))
