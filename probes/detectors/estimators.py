@@ -247,7 +247,7 @@ class LogisticProbe(Detector):
     def _fit(self, x: np.ndarray, y: np.ndarray, held: np.ndarray, held_y: np.ndarray) -> None:
         from sklearn.linear_model import LogisticRegression
 
-        model = LogisticRegression(C=self.C, class_weight="balanced", max_iter=self.max_iter, tol=1e-6).fit(x, y)
+        model = LogisticRegression(C=self.C, class_weight="balanced", max_iter=self.max_iter).fit(x, y)
         self.coef_, self.intercept_, self.n_iter_ = model.coef_[0], float(model.intercept_[0]), int(model.n_iter_[0])
 
     def _logits(self, x: np.ndarray) -> np.ndarray:

@@ -122,7 +122,7 @@ def test_logistic_is_scikit_learn_on_standardised_features(c):
     newton = LogisticRegression(C=c, class_weight="balanced", solver="newton-cholesky", tol=1e-10)
     want = newton.fit(standardised(x, x), y).decision_function(standardised(xt, x))
     got = make_estimator("logistic", C=c).fit(x, y)
-    np.testing.assert_allclose(got.decision_function(xt), want, atol=1e-4)
+    np.testing.assert_allclose(got.decision_function(xt), want, rtol=1e-3, atol=1e-3)
     assert got.coef_.shape == (6,) and np.abs(got.coef_).max() > 0.1
 
 
