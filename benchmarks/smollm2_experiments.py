@@ -15,7 +15,7 @@ import numpy as np
 from smollm2_fitting import FOLDS, Table, codes, compare, measures, one_hot, with_logs
 from smollm2_recording import load_shards
 
-from neureasoner.artifacts import write_json
+from neureasoner.artifacts import read_json, write_json
 from neureasoner.probes.detectors.metrics import interval
 
 Sets = dict[str, tuple[Sequence[str], str]]
@@ -26,6 +26,7 @@ CHOSEN, MLP, RANDOM, ALL = (
     "spectra, all 1,536 neurons",
 )
 MOST = ("entropy", "residual", "spectral")
+FEWEST = 10  # training decisions of a class, for a table to be fitted
 INSIDE: Sets = {
     CHOSEN: (("spectral",), "logistic"),
     MLP: (("spectral",), "mlp"),
@@ -115,8 +116,13 @@ def trend(table: Table, notes: Sequence[dict[str, Any]], bootstrap: int, seed: i
     return out
 
 
+def fewest(table: Table) -> int:
+    """Decisions of the rarer class in the training part that has fewest of them."""
+    return min(int((table.y[table.roles(test)[0]] == c).sum()) for test in range(FOLDS) for c in (0, 1))
+
+
 def skyt1(folder: Path, seed: int, bootstrap: int) -> dict[str, Any]:
-    """Experiment B: every cut, all traces and the finished ones."""
+    """Experiment B: every cut, all traces and the finished ones. A table with too few of a class is left out."""
     arrays, notes, cost = load_shards(folder)
     extra = {
         "identity": one_hot([f"{n['dataset']}/{n['source']}" for n in notes]),
@@ -140,9 +146,9 @@ def skyt1(folder: Path, seed: int, bootstrap: int) -> dict[str, Any]:
     for n in sorted(set(cut)):
         for name, rows in ((f"N = {n}", cut == n), (f"N = {n}, finished thoughts", (cut == n) & finished)):
             names = ("within", "pooled", *datasets) if name == f"N = {n}" else ("within", "pooled")
-            tables[name] = compare(
-                table.take(rows), sets, names, [*DIFFERENCES, *more], bootstrap=bootstrap, seed=seed
-            )  # fmt: skip
+            some = table.take(rows)
+            if fewest(some) >= FEWEST:  # else only counted
+                tables[name] = compare(some, sets, names, [*DIFFERENCES, *more], bootstrap=bootstrap, seed=seed)
             wrong[name] = wrong_by([x for x, r in zip(notes, rows, strict=True) if r], "dataset")
     per_problem = max(Counter(n["problem"] for n in notes if n["cut"] == min(cut)).values())
     return {"tables": tables, "wrong": wrong, "per_problem": per_problem, "cost": cost}
@@ -182,12 +188,16 @@ def chains(folder: Path, seed: int, bootstrap: int) -> dict[str, Any]:
     }
 
 
-def fit_all(work: Path, seed: int, bootstrap: int) -> None:
-    """Every experiment that is recorded, into ``results.json``."""
-    out: dict[str, Any] = {"seed": seed, "bootstrap": bootstrap}
-    begin = time.monotonic()
+def fit_all(work: Path, seed: int, bootstrap: int, only: Sequence[str]) -> None:
+    """The experiments named that are recorded, into ``results.json``; others that stand there stay."""
+    path = work / "results.json"
+    out: dict[str, Any] = read_json(path) if path.is_file() else {}
+    if (out.get("seed"), out.get("bootstrap")) != (seed, bootstrap):
+        out = {"seed": seed, "bootstrap": bootstrap}
     for function in (gsm8k, skyt1, chains):
-        if any((work / function.__name__).glob("*.safetensors")):
-            out[function.__name__] = function(work / function.__name__, seed, bootstrap)
-    out["seconds"] = round(time.monotonic() - begin, 1)
-    write_json(work / "results.json", out)
+        name = function.__name__
+        if name in only and any((work / name).glob("*.safetensors")):
+            begin = time.monotonic()
+            out[name] = function(work / name, seed, bootstrap)
+            out[name]["minutes"] = round((time.monotonic() - begin) / 60, 1)
+            write_json(path, out)

@@ -247,7 +247,7 @@ def fit(options: argparse.Namespace) -> None:
     """Fit and test the probes on whatever is recorded, into WORK/results.json."""
     from smollm2_experiments import fit_all
 
-    fit_all(options.work, options.seed, options.bootstrap)
+    fit_all(options.work, options.seed, options.bootstrap, options.only)
 
 
 def report(options: argparse.Namespace) -> None:
@@ -285,6 +285,8 @@ def main() -> None:
     made = command(fit, "work")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--bootstrap", type=int, default=1000, help="resamplings of the problems")
+    experiments = [f.__name__ for f in (gsm8k, skyt1, chains)]
+    made.add_argument("--only", nargs="+", choices=experiments, default=experiments, help="experiments to fit (again)")
     command(report, "work", "out")
     options = parser.parse_args()
     options.run(options)

@@ -53,7 +53,8 @@ Label: the final answer is wrong. Read are the first N tokens of the thought, on
 N, so neither length nor a finished solution is in sight. Most wrong traces never finished, so the whole length tells
 much that nobody knows at token N; *finished thoughts* are fitted and tested apart. Harder data sets have more wrong
 traces: **within data set** is the column to judge by. Up to {per_problem} of nine models' traces of a problem of AMC23
-and AIME24 were taken, and the one of MATH500.""",
+and AIME24 were taken, and the one of MATH500. Where a training part holds fewer than 10 decisions of a class nothing is
+fitted, and the count is all that stands here.""",
     "chains": """\
 ## C. Chains of small sums that it writes itself
 
@@ -218,7 +219,9 @@ def write_report(work: Path, out: Path) -> None:
     for path, panels in figures.items():
         draw(path, panels)
     head = ASKED.format(bootstrap=f"{results['bootstrap']:,}", seed=results["seed"])
-    tail = TAIL.format(**results, left=left_out(results), minutes=results["seconds"] / 60)
+    tail = TAIL.format(
+        **results, left=left_out(results), minutes=sum(results[n]["minutes"] for n in ABOUT if n in results)
+    )
     page = [head, "## In short\n\n" + "\n".join(short), *parts, tail]
     write_text(out, "\n\n".join(p.strip() for p in page) + "\n")
 

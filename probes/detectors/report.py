@@ -112,7 +112,7 @@ def _paper_protocol(
         sizes.append(len(samples.y))
         for split, found in runs.items():
             found.append(table_4(samples, split, config.seed + r))
-    out: dict[str, Any] = {"trajectories": len(chosen), "samples": round(float(np.mean(sizes)))}
+    out: dict[str, Any] = {"drawn": len(chosen), "samples": round(float(np.mean(sizes)))}
     for split, found in runs.items():
         kept = [f for f in found if f]
         out[split] = {

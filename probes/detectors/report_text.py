@@ -70,7 +70,7 @@ def _table_4(level: str, entry: dict[str, Any]) -> list[str]:
     if "skipped" in run:
         return [*lines, f"Not run: {run['skipped']}.", ""]
     lines += [
-        f"{run['trajectories']} trajectories, one sample a token ({run['samples']} on average), the paper's features "
+        f"{run['drawn']} trajectories, one sample a token ({run['samples']} on average), the paper's features "
         "and MLP, 8:2, threshold 0.5; mean ± sd over draws of trajectories. "
         f"Paper: accuracy {PAPER_TABLE_4[level][0]}, recall {PAPER_TABLE_4[level][1]}.",
         "",
