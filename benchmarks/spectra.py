@@ -1,6 +1,6 @@
 """What watching spectra costs per token: both windows, an rFFT at each token, and the paper's formula as printed.
 
-    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/sliding.py --channels 32 256 1024 --batch 1 8 64
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/spectra.py --channels 32 256 1024 --batch 1 8 64
 
 Prints a Markdown table, times in microseconds for the whole batch, medians over ``--repeats``:
 
