@@ -116,15 +116,15 @@ def replay(trace: Trace, plan: Plan, tokenizer: Any) -> dict[str, tuple[int, int
     from neureasoner.steps import Separators, StepSegmenter
 
     row = RowState(0, StepSegmenter(Separators.of(tokenizer)), tokenizer)
-    won = {e["token"]: e["rule"] for e in trace.events if not e["suppressed"]}
-    forced, order = plan.forced_ids(tokenizer), plan.names
+    forced, order = plan.forced_ids(tokenizer), _alarmed(plan)
+    won = {e["token"]: e["rule"] for e in trace.events if not e["suppressed"] and e["rule"] in order}
     due, fired = dict.fromkeys(order, 0), dict.fromkeys(order, 0)
     eos = {trace.response_ids[-1]} if trace.finished else set()
     for token in trace.response_ids:
         row.pop()
         row.push(token, eos)
         winner = won.get(len(row.tokens))
-        for rule in plan.rules:
+        for rule in map(plan.rule, order):
             seen = len(row.tokens) - (0 if rule.trigger.at_step is not None else row.base)
             if seen < MIN_TOKENS and winner != rule.name:
                 continue  # its probe is silent here
@@ -138,12 +138,18 @@ def replay(trace: Trace, plan: Plan, tokenizer: Any) -> dict[str, tuple[int, int
 
 def measured_rates(traces: Iterable[Trace], plan: Plan, tokenizer: Any) -> dict[str, float]:
     """Per rule, interventions per step at which it was evaluated: the coin's bias in ``random_trigger``."""
-    due, fired = dict.fromkeys(plan.names, 0), dict.fromkeys(plan.names, 0)
+    names = _alarmed(plan)
+    due, fired = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     for trace in traces:
         for name, (d, f) in replay(trace, plan, tokenizer).items():
             due[name] += d
             fired[name] += f
-    return {name: min(1.0, fired[name] / due[name]) if due[name] else 0.0 for name in plan.names}
+    return {name: min(1.0, fired[name] / due[name]) if due[name] else 0.0 for name in names}
+
+
+def _alarmed(plan: Plan) -> list[str]:
+    """Rules that force a text when an alarm says so: those whose trigger a coin or a judge can replace."""
+    return [r.name for r in plan.rules if r.forces and r.evaluated]
 
 
 def with_rules(steered: SteeredModel, arm: Arm, rates: dict[str, float] | None = None) -> SteeredModel:
@@ -156,8 +162,8 @@ def with_rules(steered: SteeredModel, arm: Arm, rates: dict[str, float] | None =
         return steered.paper()
     plan = steered.plan if arm.rules == ("all",) else steered.plan.select(arm.rules)
     if arm.trigger == "random":
-        plan = plan.replace_triggers({name: {"random": (rates or {})[name]} for name in plan.names})
+        plan = plan.replace_triggers({name: {"random": (rates or {})[name]} for name in _alarmed(plan)})
     elif arm.trigger == "oracle":
         # The judge may see the answer at any step, so the closing rule is not held to its probe's one decision.
-        plan = plan.replace_triggers({name: {"oracle": name, "at_step": None} for name in plan.names})
+        plan = plan.replace_triggers({name: {"oracle": name, "at_step": None} for name in _alarmed(plan)})
     return steered.with_plan(plan)

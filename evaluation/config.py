@@ -29,6 +29,7 @@ class EvaluateConfig:
     neurons: str = field(default="", metadata={"help": "neurons.json of `probes locate`, shown in the report"})
     judge_results: str = field(default="", metadata={"help": "summary.json of `data judge`, shown in the report"})
     report_traces: int = field(default=600, metadata={"help": "most traces embedded in report.html"})
+    details: int = field(default=0, metadata={"help": "traces whose neurons are recorded for the report; 0 = none"})
     show_examples: int = field(default=3, metadata={"help": "repaired examples printed at the end; 0 = no summary"})
 
     def __post_init__(self) -> None:
@@ -38,7 +39,7 @@ class EvaluateConfig:
         for key in ("samples", "max_new_tokens", "batch_size", "resamples"):
             if getattr(self, key) < 1:
                 raise UserError(f"key '{key}' must be at least 1, got {getattr(self, key)}")
-        for key in ("limit", "report_traces", "show_examples", "temperature", "seed"):
+        for key in ("limit", "report_traces", "details", "show_examples", "temperature", "seed"):
             if getattr(self, key) < 0:
                 raise UserError(f"key '{key}' must not be negative, got {getattr(self, key)}")
         if not 0 < self.top_p <= 1:

@@ -124,6 +124,8 @@ def _run(evaluation: Evaluation, arms: list[Arm], skipped: dict[str, str]) -> No
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from neureasoner.evaluation.report import write_report
+    from neureasoner.evaluation.viewer.config import DetailsConfig
+    from neureasoner.evaluation.viewer.details import write_details
 
     config = evaluation.config
     columns = (
@@ -155,6 +157,8 @@ def _run(evaluation: Evaluation, arms: list[Arm], skipped: dict[str, str]) -> No
     )
     write_json(Path(config.out) / "results.json", found)
     write_text(Path(config.out) / "results.md", markdown(found))
+    if config.details:
+        write_details(DetailsConfig(config.out, config.details, device=config.device))
     write_report(config.out, config.report_traces, config.probes_results)
 
 

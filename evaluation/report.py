@@ -5,8 +5,10 @@ Everything that a model or a problem wrote is escaped here (HTML) or set as text
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -15,18 +17,14 @@ from typing import Any
 from neureasoner.artifacts import read_json, write_text
 from neureasoner.data_builders.browse import embed
 from neureasoner.evaluation import charts
-from neureasoner.evaluation.arms import ARMS, FULL, VANILLA, VOTE
-from neureasoner.evaluation.examples import pick, view
+from neureasoner.evaluation.arms import FULL, VANILLA, VOTE
+from neureasoner.evaluation.examples import KINDS, first_samples, load_traces, main_pair, pick, thresholds, view
 from neureasoner.evaluation.verdict import arm_of, caution, comparison, headline, percent, points, sentences
-from neureasoner.traces import Trace, read_traces
+from neureasoner.evaluation.viewer.config import ReportConfig
+from neureasoner.evaluation.viewer.details import Details
+from neureasoner.traces import Trace
 
 SHOWN_BY_DIFFICULTY = (VANILLA, "sft_only", "random_trigger", FULL, "oracle_trigger")
-
-
-def load_traces(out: str | Path, names: Sequence[str]) -> dict[str, list[Trace]]:
-    """Traces by arm."""
-    found = {name: Path(out) / "traces" / f"{name}.jsonl" for name in names}
-    return {name: read_traces(file) for name, file in found.items() if file.is_file()}
 
 
 def write_report(out: str | Path, cap: int = 600, probes_results: str = "") -> Path:
@@ -37,8 +35,18 @@ def write_report(out: str | Path, cap: int = 600, probes_results: str = "") -> P
     for name, svg in figures.items():
         write_text(Path(out) / "figures" / f"{name}.svg", svg + "\n")
     path = Path(out) / "report.html"
-    write_text(path, page(results, traces, figures, cap))
+    write_text(path, page(results, traces, figures, cap, Details.beside(out)))
     return path
+
+
+def report(config: ReportConfig) -> dict[str, Any]:
+    """Stage ``evaluation report``: the page once more, from what is in the folder."""
+    mark = Path(config.run) / "stage.json"
+    found = read_json(mark).get("config", {}).get("probes_results", "") if mark.is_file() else ""
+    given = config.probes_results or (found if Path(found).is_file() else "")
+    path = write_report(config.run, config.traces, given)
+    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    return {"report": str(path)}
 
 
 def _ci(value: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
@@ -204,14 +212,58 @@ def _gallery(figures: Mapping[str, str], prefixes: Mapping[str, str]) -> str:
     )
 
 
-def page(
-    results: Mapping[str, Any], traces: Mapping[str, Sequence[Trace]], figures: Mapping[str, str], cap: int
-) -> str:
-    """The finished page."""
+def families_table(results: Mapping[str, Any]) -> str:
+    """Accuracy and tokens of every arm in every family, as HTML."""
+    families, rows = results["problems"]["families"], []
+    for a in results["arms"]:
+        cells = []
+        for family in families:
+            f = a["by_family"].get(family)
+            ci = f and f"<small>{_ci(f['accuracy_ci'], 100)} · {f['tokens_mean']:.0f} tokens</small>"
+            cells.append(f'<td class="n">{100 * f["accuracy"]:.1f}%{ci}</td>' if f else '<td class="n">–</td>')
+        bold = ' class="main"' if a["name"] in (VANILLA, FULL) else ""
+        rows.append(f'<tr{bold}><th scope="row">{escape(a["name"])}</th>{"".join(cells)}</tr>')
+    head = "".join(f"<th>{escape(x)}</th>" for x in ["arm", *families])
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def islands(
+    results: Mapping[str, Any], traces: Mapping[str, Sequence[Trace]], cap: int, details: Details | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the viewer lists and filters by, and the traces, each of which it parses when it is shown."""
+    first = first_samples(traces)
     problems = pick(traces, cap)
     rank = {problem: i for i, problem in enumerate(problems)}
-    kept = [t for n, rows in traces.items() if n != VOTE for t in _first_samples(rows) if t.problem.id in rank]
-    shown = [view(t) for t in sorted(kept, key=lambda t: rank[t.problem.id])]
+    kept = [(arm, t) for arm, rows in first.items() for t in rows if t.problem.id in rank]
+    kept.sort(key=lambda pair: rank[pair[1].problem.id])
+    seen = [view(t) | {"arm": arm, "detail": details.of(arm, t) if details else None} for arm, t in kept]
+    keys = ("arm", "problem", "family", "difficulty", "right", "kinds")
+    rows = [
+        {"i": i, **{k: v[k] for k in keys}, "question": v["question"][:120], "rules": [e[0] for e in v["events"]]}
+        for i, v in enumerate(seen)
+    ]
+    index = {
+        "rows": rows,
+        "arms": list(first),
+        "pair": main_pair(list(first)),
+        "kinds": KINDS,
+        "limits": thresholds(traces),
+        "levels": details.levels if details else {},
+        "thresholds": details.meta["thresholds"] if details else {},
+        "frequencies": details.meta["frequencies"] if details else [],
+    }
+    return index, seen
+
+
+def page(
+    results: Mapping[str, Any],
+    traces: Mapping[str, Sequence[Trace]],
+    figures: Mapping[str, str],
+    cap: int,
+    details: Details | None = None,
+) -> str:
+    """The finished page."""
+    index, seen = islands(results, traces, cap, details)
     total = sum(len(rows) for rows in traces.values())
     full, vanilla = arm_of(results, FULL), arm_of(results, VANILLA)
     cards = "".join(
@@ -224,17 +276,23 @@ def page(
     p = results["problems"]
     lead = f"{p['n']} {'unseen ' if p['split'] == 'test' else ''}problems ({', '.join(p['families'])}), "
     lead += f"{len(results['arms'])} arms, {results['seeds']['samples']} answer(s) per problem and arm."
-    note = f"{len(shown)} of {total} traces are embedded: {len(problems)} problems, the first sample of every arm"
+    shown = len({row["problem"] for row in index["rows"]})
+    note = f"{len(seen)} of {total} traces are embedded: {shown} problems, the first sample of every arm"
     note += " (votes left out)." if VOTE in traces else "."
+    if not details:
+        note += " Their neurons were not recorded (`neureasoner evaluation details` does it)."
+    script = _asset("viewer/plots.js") + _asset("report.js")  # no other one may run, whatever a trace says
     parts = {
         "style": _asset("report.css"),
-        "script": _asset("report.js"),
+        "script": script,
+        "hash": "sha256-" + b64encode(sha256(script.encode()).digest()).decode(),
         "headline": escape(headline(results)),
         "lead": escape(lead),
         "caution": f'<p class="caution">{escape(caution(results))}</p>' if caution(results) else "",
         "cards": cards,
         "sentences": "".join(f"<li>{escape(s)}</li>" for s in sentences(results)),
         "arms": arms_table(results),
+        "families": families_table(results),
         "tradeoff": _figure(figures["tradeoff"], "Each point is an arm; bars are 95% intervals.", wide=True),
         "difficulty": _gallery(figures, {"difficulty_": "Accuracy by difficulty; bars are 95% intervals."}),
         "figures": _gallery(
@@ -251,16 +309,18 @@ def page(
         ),
         "provenance": _provenance(results),
         "note": escape(note),
-        "data": embed({"traces": shown, "arms": [n for n in ARMS if n in traces and n != VOTE]}),
+        "data": embed(index),
+        "traces": "".join(
+            f'<script type="application/json" id="t{i}">{embed(v)}</script>\n' for i, v in enumerate(seen)
+        ),
     }
     html = _asset("report_template.html")
     head, *rest = html.split("{{")  # one pass, so that text of a trace is never taken for a place to fill
-    return head + "".join(parts[key] + tail for key, tail in (piece.split("}}", 1) for piece in rest))
+    filled = head + "".join(parts[key] + tail for key, tail in (piece.split("}}", 1) for piece in rest))
+    return filled.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
 
 
 def _legend(names: Sequence[str]) -> str:
-    return "".join(f'<span><i style="background:{charts.colour(n, i)}"></i>{n}</span>' for i, n in enumerate(names))
-
-
-def _first_samples(rows: Sequence[Trace]) -> list[Trace]:
-    return [t for t in rows if t.meta.get("sample", 0) == 0]
+    return "".join(
+        f'<span><i style="background:{charts.colour(n, i)}"></i>{escape(n)}</span>' for i, n in enumerate(names)
+    )

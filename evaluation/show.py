@@ -6,24 +6,40 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from neureasoner.artifacts import read_json
 from neureasoner.evaluation.arms import FULL, VANILLA
-from neureasoner.evaluation.examples import interest, interventions, is_right, paired
-from neureasoner.evaluation.report import load_traces
+from neureasoner.evaluation.examples import interest, interventions, is_right, load_traces, paired
 from neureasoner.evaluation.verdict import caution, comparison, headline, sentences
 from neureasoner.traces import Trace
 
 FORCED, BLOCK, WRONG, LOOP = "bold black on green", "green", "bold red", "yellow"
+WIDE = 104  # columns in which a value and its interval stand on one line
+# What would move the cursor, hide text or turn it round, as one character each, so that offsets stay true.
+CONTROLS = {c: chr(0x2400 + c) for c in range(32)} | {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
+CONTROLS |= dict.fromkeys([*range(0x200E, 0x2010), *range(0x2028, 0x202F), *range(0x2066, 0x206A)], "\ufffd")
+CONTROLS |= {0x0A: "\n", 0x09: " "} | dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 
 
-def table(results: Mapping[str, Any]) -> Table:
-    """Accuracy and tokens of every arm, with intervals and paired differences against vanilla."""
+def safe(text: str) -> str:
+    """Text of a model or a problem as a terminal may see it: no control character acts. As long as before."""
+    return text.translate(CONTROLS)
+
+
+def table(results: Mapping[str, Any], wide: bool = True) -> Table:
+    """Accuracy and tokens of every arm, with intervals and paired differences against vanilla.
+
+    Fits into 80 columns unless ``wide``.
+    """
+    gap = " " if wide else "\n"
     out = Table(
-        title=f"{results['problems']['n']} problems, split {results['problems']['split']}", title_justify="left"
+        box=box.HEAVY_HEAD if wide else box.SIMPLE_HEAD,
+        title=f"{results['problems']['n']} problems, split {results['problems']['split']}",
+        title_justify="left",
     )
     out.add_column("arm", no_wrap=True)
     for name in ("accuracy", "tokens", "Δ accuracy", "Δ tokens", "triggers"):
@@ -32,11 +48,11 @@ def table(results: Mapping[str, Any]) -> Table:
         c, (low, high) = comparison(results, a["name"], VANILLA), a["accuracy_ci"]
         tokens = a["tokens_ci"]
         out.add_row(
-            a["name"],
-            f"{100 * a['accuracy']:.1f}% [{100 * low:.0f}, {100 * high:.0f}]",
-            f"{a['tokens_mean']:.0f} [{tokens[0]:.0f}, {tokens[1]:.0f}]",
-            _delta(c, "accuracy_delta", "accuracy_excludes_zero", 1, " pt"),
-            _delta(c, "tokens_relative", "tokens_excludes_zero", -1, "%"),
+            safe(a["name"]),
+            f"{100 * a['accuracy']:.1f}%{gap}[{100 * low:.0f}, {100 * high:.0f}]",
+            f"{a['tokens_mean']:.0f}{gap}[{tokens[0]:.0f}, {tokens[1]:.0f}]",
+            _delta(c, "accuracy_delta", "accuracy_excludes_zero", 1, " pt" + gap),
+            _delta(c, "tokens_relative", "tokens_excludes_zero", -1, "%" + gap),
             f"{a['triggers_per_trace']:.2f}",
             style="bold" if a["name"] in (VANILLA, FULL) else "",
         )
@@ -48,12 +64,12 @@ def _delta(c: Mapping[str, Any] | None, key: str, certain: str, good: int, unit:
         return Text("–")
     low, high = c[f"{key}_ci"]
     style = ("green" if c[key] * good > 0 else "red") if c[certain] else ""
-    return Text(f"{100 * c[key]:+.1f}{unit} [{100 * low:+.0f}, {100 * high:+.0f}]", style=style)
+    return Text(f"{100 * c[key]:+.1f}{unit}[{100 * low:+.0f}, {100 * high:+.0f}]", style=style)
 
 
 def coloured(trace: Trace) -> Text:
     """The response: wrong step red, circle amber, intervention green, forced text inverted."""
-    text, labels = Text(trace.response.rstrip("\n")), trace.labels
+    text, labels = Text(safe(trace.response).rstrip("\n")), trace.labels
     blocks = {e["step"] + 1 for e in interventions(trace)}
     for i, step in enumerate(trace.steps):
         if labels and labels.inter.steps and labels.inter.steps[0] <= i < labels.inter.steps[1]:
@@ -91,17 +107,24 @@ def show(out: str | Path, examples: int = 3, console: Console | None = None) -> 
         console.rule(f"[bold]{title}[/bold]", align="left")
         for vanilla, full in pairs:
             p = full.problem
-            console.print(Text(p.question, style="bold cyan"), Text(f"right answer {p.answer}", style="dim"))
+            console.print(
+                Text(safe(p.question), style="bold cyan"), Text(safe(f"right answer {p.answer}"), style="dim")
+            )
             for name, trace in ((VANILLA, vanilla), (FULL, full)):
                 grade = Text("right", style="green") if is_right(trace) else Text("wrong", style="red")
                 given = trace.labels.answer if trace.labels else None
-                head = Text(f"── {name}: answers {given or 'nothing'}, ", style="bold")
+                head = Text(f"── {name}: answers {safe(given or 'nothing')}, ", style="bold")
                 console.print(head + grade + Text(f", {len(trace.response_ids)} tokens", style="dim"))
                 console.print(coloured(trace))
             console.print()
-    console.print(table(results))
+    verdict(results, console)
+    console.print(f"report: {Path(out) / 'report.html'}", soft_wrap=True)
+
+
+def verdict(results: Mapping[str, Any], console: Console) -> None:
+    """The table of arms, and what may be said of it."""
+    console.print(table(results, console.width >= WIDE))
     console.print(Text(headline(results), style="bold"))
     for sentence in [*sentences(results), caution(results)]:
         if sentence:
             console.print(Text("• " + sentence))
-    console.print(f"report: {Path(out) / 'report.html'}", soft_wrap=True)

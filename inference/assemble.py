@@ -20,23 +20,42 @@ from neureasoner.stages import MARK, STARTED, StageFolder
 CARD = "neureasoner.json"
 LEVELS = ("intra", "inter", "instance")
 PROBE_FILES = ("probe.json", "probe.safetensors")
+OTHER_FILES = {
+    "directions": ("direction.json", "direction.safetensors"),
+    "gates": ("gate.json", "gate.safetensors"),
+}
 
 
 def assemble(config: AssembleConfig) -> dict[str, Any]:
-    """Stage ``assemble``. Copies model, plan and probes into ``out``; rules whose probe is missing are dropped, aloud.
+    """Stage ``assemble``. Copies model, plan, probes, directions and gates into ``out``.
 
+    Rules whose probe is missing are dropped, aloud; a missing direction or gate is an error.
     ``at_step`` of the instance rule is set to the number of steps its probe was fitted on. Everything is built beside
     ``out`` and renamed into place, so a killed run leaves no half checkpoint.
     """
     out, source = Path(config.out), Path(config.probes)
-    found = [f"{kind}{level}" for kind in ("", "paper/") for level in LEVELS if _is_probe(source / kind / level)]
+    plan = Plan.load(config.plan)
+    if not config.probes and plan.probe_paths:
+        raise UserError(
+            f"plan {plan.name} names probe {plan.probe_paths[0]}; give the folder of `probes fit` as probes"
+        )
+    levels = [f"{kind}{level}" for kind in ("", "paper/") for level in LEVELS] if config.probes else []
+    found = [level for level in levels if _is_probe(source / level)]
     if not source.is_dir():
         raise UserError(f"{config.probes}: no such folder; run `probes fit` first")
+    others = {name: _find(plan, name, "directions", config.directions) for name in plan.direction_paths}
+    others |= {name: _find(plan, name, "gates", config.gates) for name in plan.gate_paths}
     if out.exists() and not (out / MARK).is_file() and {p.name for p in out.iterdir()} - {STARTED}:
         raise UserError(f"{out} holds other files; choose another --out or delete it")
-    plan, dropped = _keep_rules(Plan.load(config.plan), found, source)
+    plan, dropped = _keep_rules(plan, found, source)
     files = [source / name / file for name in found for file in PROBE_FILES]
-    inputs: list[str | Path] = [config.plan, config.probes, *files, *model_files(config.model)]
+    files += [file for listed in others.values() for file in listed]
+    inputs: list[str | Path] = [
+        config.plan,
+        *([config.probes] if config.probes else []),
+        *files,
+        *model_files(config.model),
+    ]
     folder = StageFolder(out, "assemble", config, inputs=inputs)
     if folder.done:
         return folder.summary
@@ -45,7 +64,7 @@ def assemble(config: AssembleConfig) -> dict[str, Any]:
     building = out.parent / f".{out.name}.assembling"
     shutil.rmtree(building, ignore_errors=True)
     try:
-        summary = _build(config, plan, found, source, building)
+        summary = _build(config, plan, found, source, others, building)
         summary["dropped"] = dropped
         write_json(building / STARTED, read_json(out / STARTED))
         shutil.rmtree(out)
@@ -60,6 +79,20 @@ def assemble(config: AssembleConfig) -> dict[str, Any]:
 
 def _is_probe(folder: Path) -> bool:
     return all((folder / file).is_file() for file in PROBE_FILES)
+
+
+def _find(plan: Plan, name: str, kind: str, given: str) -> list[Path]:
+    """The files of a direction or gate that a plan names. Raises UserError naming where they were looked for."""
+    if not name.startswith(f"{kind}/") or ".." in Path(name).parts:
+        raise UserError(f"plan {plan.name}: {name} must lie under {kind}/ in a checkpoint")
+    own = Path(name).relative_to(kind)
+    looked = [Path(given) / own, Path(given)] if given else [plan.folder / name]
+    for folder in looked:
+        files = [folder / file for file in OTHER_FILES[kind]]
+        if all(file.is_file() for file in files):
+            return files
+    where = " nor in ".join(str(p) for p in looked)
+    raise UserError(f"plan {plan.name} names {name}, but it is not in {where}; say where it lies with {kind}")
 
 
 def _keep_rules(plan: Plan, found: list[str], source: Path) -> tuple[Plan, list[str]]:
@@ -80,12 +113,16 @@ def _keep_rules(plan: Plan, found: list[str], source: Path) -> tuple[Plan, list[
     return replace(plan, rules=tuple(kept)), dropped
 
 
-def _build(config: AssembleConfig, plan: Plan, found: list[str], source: Path, out: Path) -> dict[str, Any]:
+def _build(
+    config: AssembleConfig, plan: Plan, found: list[str], source: Path, others: dict[str, list[Path]], out: Path
+) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig
 
-    from neureasoner.inference.controller import Controller
+    from neureasoner.directions import Direction
+    from neureasoner.inference.steered import SteeredModel
     from neureasoner.models import fingerprint, load, resolve
+    from neureasoner.probes.detectors.gate import FailureGate
     from neureasoner.probes.detectors.probe import Probe
 
     accept: list[str] = []
@@ -97,10 +134,9 @@ def _build(config: AssembleConfig, plan: Plan, found: list[str], source: Path, o
     model, tokenizer = load(config.model, device="cpu", dtype=stored or torch.float32)
     probes = {f"probes/{name}": Probe.load(source / name) for name in found}
     plan = plan.fit_windows(probes)
-    for probe in probes.values():
-        if probe.model_fingerprint not in accept:
-            probe.check(model)
-    Controller(model, tokenizer, plan, probes, oracles=_placeholders(plan), accept=accept)
+    directions = {name: Direction.load(others[name][0].parent) for name in plan.direction_paths}
+    gates = {name: FailureGate.load(others[name][0].parent) for name in plan.gate_paths}
+    SteeredModel(model, tokenizer, plan, probes, accept, directions, gates)  # refuses what cannot run
     out.mkdir(parents=True)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -109,6 +145,10 @@ def _build(config: AssembleConfig, plan: Plan, found: list[str], source: Path, o
         target.mkdir(parents=True)
         for file in PROBE_FILES:
             shutil.copyfile(source / name / file, target / file)
+    for name in (*directions, *gates):
+        (out / name).mkdir(parents=True)
+        for path in others[name]:
+            shutil.copyfile(path, out / name / path.name)
     plan.save(out / PLAN_FILE)
     card = {
         "schema": 1,
@@ -128,15 +168,20 @@ def _build(config: AssembleConfig, plan: Plan, found: list[str], source: Path, o
             }
             for name, p in probes.items()
         },
+        "directions": {
+            name: {"meaning": d.meaning, "sites": d.sites, "files": file_fingerprint(others[name])}
+            for name, d in directions.items()
+        },
+        "gates": {
+            name: {"threshold": g.threshold, "channels": len(g.channels), "files": file_fingerprint(others[name])}
+            for name, g in gates.items()
+        },
         "config": asdict(config),
     }
     write_json(out / CARD, card)
-    return {"rules": plan.names, "probes": sorted(probes), "fingerprint": card["fingerprint"]}
-
-
-def _placeholders(plan: Plan) -> dict[str, Any]:
-    """Oracles are only known at generation; while assembling any will do."""
-    return {r.trigger.oracle: (lambda row: False) for r in plan.rules if r.trigger.oracle}
+    others_named = [*directions, *gates]
+    summary = {"rules": plan.names, "probes": sorted(probes), "fingerprint": card["fingerprint"]}
+    return summary | ({"others": others_named} if others_named else {})
 
 
 def _version(package: str) -> str:

@@ -9,18 +9,28 @@ from neureasoner.errors import UserError
 
 @dataclass
 class AssembleConfig:
-    """Put a model, its probes and a plan together into one steered checkpoint."""
+    """Put a model, a plan and the probes, directions and gates it names together into one steered checkpoint."""
 
     model: str = field(metadata={"help": "model folder, hub id, or 'tiny'; trained on the plan's trigger tokens"})
-    probes: str = field(metadata={"help": "folder that `probes fit` wrote (intra/, inter/, instance/, paper/)"})
-    out: str = field(metadata={"help": "folder of the steered checkpoint"})
+    probes: str = field(
+        default="",
+        metadata={"help": "folder that `probes fit` wrote (intra/, inter/, instance/, paper/), if the plan names any"},
+    )
+    out: str = field(default="", metadata={"help": "folder of the steered checkpoint (required)"})
     plan: str = field(default="configs/plans/neureasoner.yaml", metadata={"help": "plan file"})
     base: str = field(
-        default="", metadata={"help": "model this one was trained from; probes fitted on it are accepted too"}
+        default="", metadata={"help": "model this one was trained from; what was fitted on it is accepted too"}
+    )
+    directions: str = field(
+        default="",
+        metadata={"help": "where the plan's directions lie: their folder, or the one itself; empty = beside the plan"},
+    )
+    gates: str = field(
+        default="", metadata={"help": "where the plan's gates lie: their folder, or the one itself; empty = likewise"}
     )
 
     def __post_init__(self) -> None:
-        for key in ("model", "probes", "out", "plan"):
+        for key in ("model", "out", "plan"):
             if not getattr(self, key):
                 raise UserError(f"key '{key}' is empty")
 

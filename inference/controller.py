@@ -1,8 +1,10 @@
-"""The controller: watch sites while ``generate`` runs, and force text when a rule fires (core.md §1.10).
+"""The controller: watch sites while ``generate`` runs, force text when a rule fires, and steer (core.md §1.10).
 
-It lives in two places of a stock Transformers ``generate``: read hooks on the sites that the plan's probes declare, and
-one ``LogitsProcessor``, which Transformers runs before temperature and top-p. In the processor call that chooses token
-``t+1`` the activations of token ``t`` are known, so there is no lag. When no rule fires, scores come back untouched.
+It lives in three places of a stock Transformers ``generate``: writing hooks where the plan's tensor rules act
+(``steering.py``), read hooks on the sites that the plan's probes declare (they see what the model goes on with, after
+the writing), and one ``LogitsProcessor``, which Transformers runs before temperature and top-p. In the processor call
+that chooses token ``t+1`` the activations of token ``t`` are known, so there is no lag. When no rule fires, scores come
+back untouched.
 
 Legend: B rows, T response tokens so far, C channels, V vocabulary, d features of a probe.
 
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from neureasoner.errors import UserError
 from neureasoner.inference.plan import Plan, Rule
 from neureasoner.inference.rows import RowState, opens_thinking
 from neureasoner.inference.series import LogitSeries, SeriesBuffer
+from neureasoner.inference.steering import Steering, SteeringRun
 from neureasoner.sites import Layout, Site, read_sites
 from neureasoner.steps import Separators, StepSegmenter
 
@@ -37,12 +40,13 @@ Oracle = Callable[[RowState], bool]
 
 
 class Controller:
-    """A plan made ready for one model: forced ids, probes, oracles, sites to read. Holds no state of a generation.
+    """A plan made ready for one model: forced ids, probes, directions, gates, sites. Holds no state of a generation.
 
     probes   by the folder name the plan uses: objects with the interface of ``Probe``
     oracles  by the name the plan uses, ``fn(RowState) -> bool``
     record   sites to keep besides those the probes need
-    accept   fingerprints of other models whose probes are welcome (the base a checkpoint was trained from)
+    accept   fingerprints of other models whose probes, directions and gates are welcome (the base it was trained from)
+    directions, gates  like the probes: ``Direction`` and ``FailureGate``
 
     Raises UserError for whatever the plan names and does not get.
     """
@@ -57,10 +61,19 @@ class Controller:
         oracles: Mapping[str, Oracle] | None = None,
         record: Sequence[str] = (),
         accept: Sequence[str] = (),
+        directions: Mapping[str, Any] | None = None,
+        gates: Mapping[str, Any] | None = None,
     ):
         self.model, self.tokenizer, self.plan = model, tokenizer, plan
-        self.probes, self.oracles = dict(probes or {}), dict(oracles or {})
+        self.probes, self.oracles, self.gates = dict(probes or {}), dict(oracles or {}), dict(gates or {})
         self.forced_ids = plan.forced_ids(tokenizer)
+        self.steering = Steering(model, tokenizer, plan, directions, accept)
+        for name, ids in self.forced_ids.items():
+            if max(ids) >= self.steering.vocabulary:
+                raise UserError(
+                    f"plan {plan.name}, rule {name}: its text has token {max(ids)}, but the model knows "
+                    f"{self.steering.vocabulary}; model and tokenizer do not belong together"
+                )
         self.separators = Separators.of(tokenizer)
         self.record = [str(Site.parse(s)) for s in record]
         sites = list(self.record)
@@ -74,6 +87,12 @@ class Controller:
         t = rule.trigger
         if t.oracle is not None and t.oracle not in self.oracles:
             raise UserError(f"plan {self.plan.name}, rule {rule.name}: oracle {t.oracle!r} was not given at generation")
+        if isinstance(t.gate, str):
+            gate = self.gates.get(t.gate)
+            if gate is None:
+                raise UserError(f"plan {self.plan.name}, rule {rule.name}: gate {t.gate} was not loaded")
+            if gate.model_fingerprint not in accept:
+                gate.check(self.model)
         if t.probe is None:
             return []
         probe = self.probes.get(t.probe)
@@ -103,8 +122,13 @@ class Controller:
         problems: Sequence[Any] | None = None,
         eos_ids: Sequence[int] = (),
         seed: int = 0,
+        strengths: Mapping[str, Sequence[float]] | None = None,
     ) -> Iterator[Watch]:
-        """Install the hooks for one ``generate`` call over these prompts; yields its fresh state."""
+        """Install the hooks for one ``generate`` call over these prompts; yields its fresh state.
+
+        ``strengths``: for rules of strength ``per_row``, a factor for each prompt. Gates are asked here.
+        """
+        self.steering.check_strengths(strengths, len(prompt_ids))
         rows = []
         for i, ids in enumerate(prompt_ids):
             rows.append(
@@ -116,21 +140,48 @@ class Controller:
                     seed=seed,
                 )
             )
+        self._ask_gates(rows, prompt_ids)
         eos = set(eos_ids) or {int(self.tokenizer.eos_token_id)}
-        watch = Watch(self, rows, eos)
+        run = SteeringRun(self.steering, rows, strengths) if self.steering.rules else None
+        watch = Watch(self, rows, eos, run)
         hooked = [s for s in self.sites if s != LOGITS]
-        if not hooked:
-            yield watch
-            return
-        with read_sites(self.model, hooked, watch.see):
-            yield watch
+        with run.hooks() if run is not None else nullcontext():
+            if not hooked:
+                yield watch
+                return
+            with read_sites(self.model, hooked, watch.see):
+                yield watch
+
+    def _ask_gates(self, rows: Sequence[RowState], prompt_ids: Sequence[Sequence[int]]) -> None:
+        """Tell every row what each rule's gate says of its question; a number is a coin."""
+        from neureasoner.probes.detectors.gate import question_values
+
+        said: dict[str, np.ndarray] = {}
+        for rule in self.plan.rules:
+            t = rule.trigger
+            if t.gate is None:
+                continue
+            if not isinstance(t.gate, str):
+                for row in rows:
+                    row.ask_gate(rule, 1.0 - row.coin(rule), 1.0 - t.gate)
+                continue
+            gate = self.gates[t.gate]
+            if t.gate not in said:
+                if min(map(len, prompt_ids)) < 2:
+                    raise UserError("a gate needs prompts of at least 2 tokens: it leaves the first one out")
+                values = question_values(self.model, gate.channels, prompt_ids, len(prompt_ids))
+                said[t.gate] = gate.predict_proba(values)
+            threshold = float(gate.threshold if t.threshold is None or t.probe is not None else t.threshold)
+            for row, score in zip(rows, said[t.gate].tolist(), strict=True):
+                row.ask_gate(rule, score, threshold)
 
 
 class Watch(LogitsProcessor):
-    """The state of one generation: rows, recorded series, and the processor that lets sampling be or forces a token."""
+    """The state of one generation: rows, recorded series, what is steered, and the processor that lets sampling be,
+    forces a token, or biases the scores."""
 
-    def __init__(self, controller: Controller, rows: list[RowState], eos: set[int]):
-        self.controller, self.rows, self.eos = controller, rows, eos
+    def __init__(self, controller: Controller, rows: list[RowState], eos: set[int], run: SteeringRun | None = None):
+        self.controller, self.rows, self.eos, self.run = controller, rows, eos, run
         self.length = 0
         self._prompt: int | None = None
         self._buffers = {s: SeriesBuffer() for s in controller.sites if s != LOGITS}
@@ -156,11 +207,43 @@ class Watch(LogitsProcessor):
             for row, token in zip(self.rows, drawn.tolist(), strict=True):
                 if not row.done:
                     row.push(token, self.eos)
+        alive, closed = self._masks()
+        if self.run is not None:
+            self.run.tick(True, alive, closed)
+        if self.length:
             self._act()
-        self.length += 1
+        else:
+            self._start()
         if self._logits is not None:
             self._logits.look(scores)
+        if self.run is not None:
+            scores = self._steer(scores, alive, closed)
+        self.length += 1
         return self._force(scores)
+
+    def _masks(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows still writing, and rows whose last token closed a step, ``[B]`` each."""
+        return np.array([not row.done for row in self.rows]), np.array([row.closed for row in self.rows])
+
+    def _steer(self, scores: torch.FloatTensor, alive: np.ndarray, closed: np.ndarray) -> torch.FloatTensor:
+        """The logit rules act on this choice; the tensor rules' doses for the next forward are set."""
+        assert self.run is not None
+        self.run.plan(self.length, edits=False)
+        biased = self.run.bias(scores, closed)
+        self.run.tick(False, alive, closed)
+        self.run.plan(self.length + 1, edits=True)
+        self.run.prefill = False
+        return biased  # type: ignore[return-value]
+
+    def _start(self) -> None:
+        """Before the first token: per row the first rule that forces its text there wins, the others are logged."""
+        rules = [r for r in self.controller.plan.rules if r.source == "start" and r.trigger.max != 0]
+        for row in self.rows:
+            due = [r for r in rules if not row.barred(r)]
+            for rank, rule in enumerate(due):
+                row.log(rule, *row.asked.get(rule.name, (1.0, 0.0)), suppressed=rank > 0)
+            if due:
+                row.fire(due[0], self.controller.forced_ids[due[0].name])
 
     def _verify(self, input_ids: torch.Tensor) -> None:
         """Promise 4: every generated token was read once at every site."""
@@ -174,6 +257,8 @@ class Watch(LogitsProcessor):
                 f"generate has {total - self._prompt} response tokens, the controller has seen {self.length}; "
                 "beam search and assisted decoding cannot be watched"
             )
+        if self.run is not None:
+            self.run.verify(self.length)
         for site in self._buffers:
             n = self._count[site]
             if n != 1 and (self.length or n == 0):  # a long prompt may be read in pieces
@@ -184,7 +269,8 @@ class Watch(LogitsProcessor):
         self._count.clear()
 
     def _act(self) -> None:
-        """Evaluate every due rule on every row; per row the first that fires wins, the others are logged."""
+        """Evaluate every due rule on every row. Of the forced texts, per row the first that fires wins, the others are
+        logged; tensor rules that fire begin to act."""
         if not any(row.closed or rule.trigger.immediate for row in self.rows for rule in self.controller.plan.rules):
             return
         fired: dict[int, list[tuple[Rule, float, float]]] = {}
@@ -193,7 +279,11 @@ class Watch(LogitsProcessor):
             if not due:
                 continue
             for i, score, threshold in self._scores(rule, due):
-                if self.rows[i].judge(rule, score, threshold):
+                if not self.rows[i].judge(rule, score, threshold):
+                    continue
+                if not rule.forces:
+                    self._begin(rule, i, score, threshold)
+                else:
                     fired.setdefault(i, []).append((rule, score, threshold))
         for i, hits in fired.items():
             row = self.rows[i]
@@ -201,6 +291,16 @@ class Watch(LogitsProcessor):
                 row.log(rule, score, threshold, suppressed=rank > 0)
             winner = hits[0][0]
             row.fire(winner, self.controller.forced_ids[winner.name])
+
+    def _begin(self, rule: Rule, row: int, score: float, threshold: float) -> None:
+        """A tensor rule fired in a row. One of strength 0 has no run and is only logged."""
+        run, state = self.run, self.rows[row]
+        acts = run is not None and rule in run.rules
+        event = state.log(rule, score, threshold, False, run.strength(rule, row) if run is not None and acts else 0.0)
+        if run is not None and acts:
+            run.begin(rule, row, event)
+        else:
+            state.fired[rule.name] += 1
 
     def _scores(self, rule: Rule, due: list[int]) -> list[tuple[int, float, float]]:
         """(row, score, threshold) of one rule; rows whose window is not valid yet are left out."""

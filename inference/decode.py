@@ -7,7 +7,7 @@ controller, so a plan that never fires gives the same tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,8 @@ class Generation:
     response_ids     every generated or forced token, EOS included
     text             their decoded text, as in ``Trace.response``
     forced           per token: was it forced (forced tokens are counted as generated)
-    events           the controller's log: step, token, rule, score, threshold, action, suppressed
+    events           the controller's log: step, token, rule, score, threshold, action, suppressed; an effect on tensors
+                     or logits has row, strength and tokens (how many it acted on; the whole prompt counts as one)
     scores           every score a rule gave: step, token, rule, score
     finished         ended by EOS, not by the token limit
     thinking_tokens  leading tokens that belong to the thinking
@@ -97,11 +98,13 @@ def generate_batch(
     indices: Sequence[int] | None = None,
     problems: Sequence[Any] | None = None,
     on_text: OnText | None = None,
+    strengths: Mapping[str, Sequence[float]] | None = None,
 ) -> list[Generation]:
     """Sample one response per prompt, in one batch. Without a controller this is plain ``generate``, no hooks.
 
     The global random state is left as it was; the result depends on ``seed`` and the batch. ``controller_seed``
     (default ``seed``) drives random triggers, by ``indices`` of the rows. ``on_text(text, forced)`` streams one row.
+    ``strengths``: a factor for each prompt, by the names of the rules of strength ``per_row``.
     """
     if not prompt_ids or any(not ids for ids in prompt_ids):
         raise UserError("a prompt is empty; give every prompt at least one token")
@@ -119,6 +122,7 @@ def generate_batch(
             problems=problems,
             eos_ids=config.eos_token_id,
             seed=seed if controller_seed is None else controller_seed,
+            strengths=strengths,
         )
     with torch.random.fork_rng([device] if device.type == "cuda" else []), watching as watch:
         torch.manual_seed(seed)

@@ -38,8 +38,11 @@ def rendered(generation: Generation, tokenizer: Any) -> Text:
 def describe(event: dict[str, Any]) -> str:
     """One line about an event."""
     what = "suppressed" if event["suppressed"] else f"forced {event['action']!r}"
+    if "strength" in event:
+        what = f"{event['action']} of strength {event['strength']:g} on {event['tokens']} tokens"
     score = f"score {event['score']:.2f} > {event['threshold']:.2f}"
-    return f"after step {event['step'] + 1} (token {event['token']}): {event['rule']}, {score}, {what}"
+    place = f"after step {event['step'] + 1} (token {event['token']})" if event["token"] else "from the start"
+    return f"{place}: {event['rule']}, {score}, {what}"
 
 
 def show(console: Console, question: str, generation: Generation, tokenizer: Any, streamed: bool = False) -> None:
@@ -64,7 +67,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     folder = None
     if config.out:
         card = Path(config.model) / CARD
-        inputs = [p for p in (config.problems, config.plan) if p] + ([str(card)] if card.is_file() else [])
+        inputs: list[str | Path] = [p for p in (config.problems, config.plan) if p]
+        inputs += ([card] if card.is_file() else []) + (Plan.load(config.plan).files if config.plan else [])
         folder = StageFolder(config.out, "generate", config, inputs=inputs)
         if folder.done:
             console.print(f"{config.out} is done already; nothing to do", soft_wrap=True)

@@ -1,130 +1,52 @@
 """Plans: what to watch, when to act, what to do (core.md §1.10; related.md §G). A plan is a value, written as YAML.
 
-A rule is a trigger and an action. Rules are ordered and order is priority: when several fire in one step, the first
-wins and the others are logged as suppressed. Controls (random trigger, oracle, another probe) are the same plan with
-the sources of its triggers replaced, so they share its budgets, cooldowns and texts.
+Rules are ordered and order is priority: when several forced texts are due in one step, the first wins and the others
+are logged as suppressed; tensor rules that write one site act in this order, if ``conflicts`` says so. Controls
+(``controls.py``) are the same plan with the sources of its triggers, its signs or its directions replaced, so they
+share its budgets, cooldowns and texts.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from neureasoner.artifacts import write_text
 from neureasoner.errors import UserError
+from neureasoner.inference.plan_yaml import Dumper, check_keys, rule_from_dict, rule_to_dict
+from neureasoner.inference.rules import SOURCES, TRIGGER_TOKEN, Action, Rule, Strength, Trigger, wild_kind
+from neureasoner.sites import Site
+from neureasoner.traces import THINK_CLOSE
+
+__all__ = ["PLAN_FILE", "SOURCES", "TRIGGER_TOKEN", "Action", "Plan", "Rule", "Strength", "Trigger"]
 
 PLAN_FILE = "plan.yaml"
-SOURCES = ("probe", "random", "oracle", "always")
-TRIGGER_TOKEN = re.compile(r"<[A-Z][A-Z0-9_]*>")
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Trigger:
-    """When a rule fires. Exactly one source: ``probe``, ``random``, ``oracle`` or ``always``.
-
-    probe       folder of a probe, relative to the plan file; fires at score > threshold
-    threshold   replaces the probe's own calibrated threshold
-    random      probability of firing each time the rule is evaluated (the random_trigger control)
-    oracle      name of a function given at generation, ``fn(RowState) -> bool``
-    always      fires whenever it is evaluated
-    at_step     evaluated once, when this many thinking steps have closed (1 = after the first); takes no cooldown
-    immediate   evaluated after every thinking token; otherwise only when a step closes
-    min_steps   not evaluated before this many thinking steps have closed
-    cooldown    full steps that must close after the last intervention's block, whichever rule made it (at least one
-                in effect: the window is empty at the block's end)
-    max         interventions per response
-    consecutive evaluations in a row that must be positive before the rule fires
-    """
-
-    probe: str | None = None
-    threshold: float | None = None
-    random: float | None = None
-    oracle: str | None = None
-    always: bool = False
-    at_step: int | None = None
-    immediate: bool = False
-    min_steps: int = 0
-    cooldown: int = 1
-    max: int = 1
-    consecutive: int = 1
-
-    def __post_init__(self) -> None:
-        named = [k for k in SOURCES if _given(getattr(self, k))]
-        if len(named) != 1:
-            got = " and ".join(named) or "none"
-            raise UserError(f"a trigger needs exactly one of {', '.join(SOURCES)}; got {got}")
-        if self.threshold is not None and self.probe is None:
-            raise UserError("threshold belongs to a probe trigger; name a probe or remove it")
-        if self.random is not None and not 0 <= self.random <= 1:
-            raise UserError(f"random must be a probability between 0 and 1, got {self.random}")
-        low = {"at_step": 1, "min_steps": 0, "cooldown": 0, "max": 0, "consecutive": 1}
-        for key, least in low.items():
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise UserError(f"{key} must be at least {least}, got {value}")
-        if self.at_step is not None and (self.immediate or self.consecutive > 1):
-            raise UserError("at_step is evaluated once; remove immediate and consecutive")
-
-    @property
-    def source(self) -> str:
-        """Which of probe, random, oracle, always this trigger reads."""
-        return next(k for k in SOURCES if _given(getattr(self, k)))
-
-
-@dataclass(frozen=True)
-class Action:
-    """What a rule does: force a text, token by token.
-
-    A trigger token such as ``<INTRA>`` must be one token of the tokenizer, unless ``pieces`` allows it to be spelled.
-    """
-
-    force: str
-    pieces: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.force:
-            raise UserError("force needs a text")
-
-    def ids(self, tokenizer: Any) -> list[int]:
-        """Token ids of the text. Raises UserError for a trigger token that the tokenizer lacks."""
-        vocab = tokenizer.get_vocab()
-        for token in dict.fromkeys(TRIGGER_TOKEN.findall(self.force)):
-            if token not in vocab and not self.pieces:
-                raise UserError(
-                    f"plan names trigger token {token} that the tokenizer lacks; train with training/sft.py first, "
-                    "or set `pieces: true` in the action to force it as several tokens"
-                )
-        ids = [int(i) for i in tokenizer.encode(self.force, add_special_tokens=False)]
-        if not ids or tokenizer.decode(ids, skip_special_tokens=False) != self.force:
-            raise UserError(f"the tokenizer cannot spell the plan's text {self.force!r}; use text it can encode")
-        return ids
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One line of a plan."""
-
-    name: str
-    trigger: Trigger
-    action: Action
+POLICIES = ("order", "refuse")
+_NO_SOURCE = {"threshold": None} | {k: None if k in ("probe", "random", "oracle") else False for k in SOURCES}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Ordered rules. ``folder`` is where relative probe paths start; it is not part of the value."""
+    """Ordered rules.
+
+    folder     where relative probe, direction and gate paths start; it is not part of the value
+    conflicts  what two rules that write one tensor site mean: ``order`` (one after the other, as they stand here) or
+               ``refuse``; without it they are refused too
+    """
 
     name: str
     rules: tuple[Rule, ...] = ()
     folder: Path = field(default=Path("."), compare=False)
+    conflicts: str | None = None
 
     def __post_init__(self) -> None:
+        if self.conflicts not in (None, *POLICIES):
+            raise UserError(f"plan {self.name}: conflicts must be {' or '.join(POLICIES)}, got {self.conflicts!r}")
         seen: set[str] = set()
         for rule in self.rules:
             if rule.name in seen:
@@ -140,6 +62,22 @@ class Plan:
     def probe_paths(self) -> list[str]:
         """Probe folders as written, each once."""
         return list(dict.fromkeys(r.trigger.probe for r in self.rules if r.trigger.probe is not None))
+
+    @property
+    def direction_paths(self) -> list[str]:
+        """Direction folders as written, each once."""
+        return list(dict.fromkeys(r.direction for r in self.rules if r.direction is not None))
+
+    @property
+    def gate_paths(self) -> list[str]:
+        """Gate folders as written, each once."""
+        return list(dict.fromkeys(r.trigger.gate for r in self.rules if isinstance(r.trigger.gate, str)))
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of its directions and gates, where they lie."""
+        found = [self.folder / n / f"direction.{end}" for n in self.direction_paths for end in ("json", "safetensors")]
+        return found + [self.folder / n / f"gate.{end}" for n in self.gate_paths for end in ("json", "safetensors")]
 
     def rule(self, name: str) -> Rule:
         """The rule of that name. Raises UserError."""
@@ -161,15 +99,17 @@ class Plan:
         """Change triggers by rule name, e.g. ``{"intra": {"random": 0.05}}`` or ``{"intra": {"probe": "other"}}``.
 
         Naming another source drops the old one (and its threshold); everything not named stays, so that a control keeps
-        the rule's budget and cooldown.
+        the rule's budget and cooldown (and a ``gate``, unless that is named too).
         """
         self._known(changes)
         rules = []
         for rule in self.rules:
             change = dict(changes.get(rule.name, {}))
             if any(k in SOURCES for k in change):
-                change = {"probe": None, "threshold": None, "random": None, "oracle": None, "always": False, **change}
-            _check_keys(Trigger, change, f"plan {self.name}, rule {rule.name}")
+                change = _NO_SOURCE | change
+            if "gate" in change:
+                change = {"threshold": None} | change
+            check_keys(Trigger, change, f"plan {self.name}, rule {rule.name}")
             rules.append(replace(rule, trigger=replace(rule.trigger, **change)))
         return replace(self, rules=tuple(rules))
 
@@ -184,34 +124,53 @@ class Plan:
 
     def forced_ids(self, tokenizer: Any) -> dict[str, list[int]]:
         """Token ids each rule forces, by rule name. Raises UserError for text the tokenizer lacks."""
-        return {r.name: r.action.ids(tokenizer) for r in self.rules}
+        return {r.name: r.action.ids(tokenizer) for r in self.rules if r.forces}
+
+    def check_conflicts(self, written: Mapping[str, Iterable[str | Site]]) -> None:
+        """Raises UserError if two rules write one site without the policy ``order``. ``written``: sites by rule."""
+        if self.conflicts == "order":
+            return
+        for (one, first), (two, second) in combinations(written.items(), 2):
+            for a in map(Site.parse, first):
+                for b in map(Site.parse, second):
+                    if (a.kind, a.layer) == (b.kind, b.layer) and _share(a.indices, b.indices):
+                        says = "says `conflicts: refuse`" if self.conflicts else "has no policy"
+                        raise UserError(
+                            f"plan {self.name}: rules {one} and {two} both write {a}, and the plan {says}; set "
+                            "`conflicts: order` to have them act one after the other, or drop one"
+                        )
+
+    def check_alive(self) -> None:
+        """Raises UserError naming a rule that can never fire, as far as the plan alone tells."""
+        for rule in self.rules:
+            reason = _dead(rule, self.rules)
+            if reason:
+                raise UserError(f"plan {self.name}, rule {rule.name} can never fire: {reason}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, defaults left out."""
-        return {
-            "name": self.name,
-            "rules": [
-                {"name": r.name, "trigger": _non_default(r.trigger), "action": _non_default(r.action)}
-                for r in self.rules
-            ],
-        }
+        policy = {} if self.conflicts is None else {"conflicts": self.conflicts}
+        return {"name": self.name, **policy, "rules": [rule_to_dict(r) for r in self.rules]}
 
     @classmethod
     def from_dict(cls, value: Any, where: str = "plan", folder: str | Path = ".") -> Plan:
-        """Inverse of ``to_dict``. Raises UserError naming the place and an unknown or missing key."""
-        _check_keys(cls, value, where, hidden={"folder"})
+        """Inverse of ``to_dict``. Raises UserError naming the place and an unknown or missing key.
+
+        What is decided without a model is decided here: two rules at one site, a rule that can never fire.
+        """
+        check_keys(cls, value, where, hidden={"folder"})
         rules = value.get("rules")
         rules = [] if rules is None else rules
         if not isinstance(rules, list):
             raise UserError(f"{where}: rules must be a list")
-        built = []
-        for i, row in enumerate(rules):
-            at = f"{where}, rules[{i}]"
-            _check_keys(Rule, row, at)
-            trigger = _build(Trigger, row["trigger"], f"{at}.trigger")
-            action = _build(Action, row["action"], f"{at}.action")
-            built.append(Rule(str(row["name"]), trigger, action))
-        return cls(str(value["name"]), tuple(built), Path(folder))
+        built = tuple(rule_from_dict(row, f"{where}, rules[{i}]") for i, row in enumerate(rules))
+        plan = cls(str(value["name"]), built, Path(folder), value.get("conflicts"))
+        try:
+            plan.check_conflicts({r.name: [s for s in r.site if wild_kind(s) is None] for r in built})
+            plan.check_alive()
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
+        return plan
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -231,57 +190,44 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as YAML, atomically."""
-        write_text(path, yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+        write_text(path, yaml.dump(self.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True))
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes text with line breaks on one line, quoted."""
+def _share(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> bool:
+    """Whether two sites of one kind and block have a channel in common; None means all of them."""
+    return a is None or b is None or not set(a).isdisjoint(b)
 
 
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None),
-)
+def _first(rule: Rule) -> int | None:
+    """After how many steps a rule that forces its text whatever happens does so first; None if it may not."""
+    t = rule.trigger
+    if not rule.forces or t.gate is not None or t.max == 0 or t.consecutive > 1:
+        return None
+    if rule.source == "start":
+        return 0
+    return (t.at_step or max(1, t.min_steps)) if rule.source == "always" else None
 
 
-def _given(source: Any) -> bool:
-    return source is not None and source is not False
-
-
-def _non_default(value: Any) -> dict[str, Any]:
-    return {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
-
-
-def _check_keys(cls: type, value: Any, where: str, hidden: set[str] | None = None) -> None:
-    """Check that a mapping names fields of a dataclass only, and every one without a default."""
-    if not isinstance(value, Mapping):
-        raise UserError(f"{where}: expected keys and values, got {type(value).__name__}")
-    known = [f for f in fields(cls) if f.name not in (hidden or set())]
-    for key in value:
-        if key not in {f.name for f in known}:
-            raise UserError(f"{where}: unknown key {key!r}; known: {', '.join(f.name for f in known)}")
-    for f in known:
-        if f.default is MISSING and f.default_factory is MISSING and f.name not in value:
-            raise UserError(f"{where}: key {f.name!r} is missing")
-
-
-def _build(cls: type[T], value: Any, where: str) -> T:
-    """Build a flat dataclass from a mapping, checking keys and types."""
-    _check_keys(cls, value, where)
-    checked: dict[str, Any] = {}
-    for f in fields(cls):  # type: ignore[arg-type]
-        if f.name not in value:
+def _dead(rule: Rule, rules: tuple[Rule, ...]) -> str:
+    """Why a rule can never fire; empty if it may."""
+    t = rule.trigger
+    if t.max == 0:
+        return "max is 0; raise it or remove the rule"
+    if t.random == 0 or t.gate == 0:
+        return f"{'random' if t.random == 0 else 'gate'} is a coin of probability 0; raise it or remove the rule"
+    if t.threshold is not None and t.threshold >= 1 and t.probe is None:
+        return f"a gate's score is at most 1 and never above threshold {t.threshold}; lower it"
+    if t.at_step is not None and t.min_steps > t.at_step:
+        return f"at_step is {t.at_step}, before min_steps {t.min_steps}; remove min_steps"
+    for other in rules:
+        first = _first(other)
+        if other is rule or first is None:
             continue
-        v, kinds = value[f.name], str(f.type)
-        ok = v is None and "None" in kinds
-        ok = ok or ("bool" in kinds and isinstance(v, bool))
-        ok = ok or ("str" in kinds and isinstance(v, str))
-        ok = ok or ("int" in kinds and isinstance(v, int) and not isinstance(v, bool))
-        ok = ok or ("float" in kinds and isinstance(v, int | float) and not isinstance(v, bool))
-        if not ok:
-            raise UserError(f"{where}: {f.name} must be {kinds.replace(' | None', '')}, got {v!r}")
-        checked[f.name] = v
-    try:
-        return cls(**checked)
-    except UserError as e:
-        raise UserError(f"{where}: {e}") from None
+        earlier = rules.index(other) < rules.index(rule)
+        if rule.forces and t.at_step is not None and (first < t.at_step or (first == t.at_step and earlier)):
+            return f"rule {other.name} always comes first, and at_step is not evaluated after an intervention"
+        if rule.source == "start" and first == 0 and earlier:
+            return f"rule {other.name} always comes first, and start is evaluated once"
+        if first == 0 and THINK_CLOSE in (other.action.force or "") and (rule.evaluated or rule.source == "boundary"):
+            return f"rule {other.name} closes the thinking before the first token"
+    return ""

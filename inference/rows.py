@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from neureasoner.inference.plan import Rule
+from neureasoner.inference.rules import Rule
 from neureasoner.probes.features import MIN_TOKENS
 from neureasoner.steps import Separators
 from neureasoner.traces import THINK_OPEN
@@ -38,6 +38,8 @@ class RowState:
     problem  the Problem, when the caller gave one
     tokens   response ids so far; ``forced[t]`` says that token t was forced
     bounds   [0, end of step 0, ..., end of the last closed step], in response tokens
+    asked    (score, threshold) of each rule's gate
+    acting   evaluated tensor rules whose effect lasts; ``rested``: steps closed when it last ended
     """
 
     index: int
@@ -59,6 +61,9 @@ class RowState:
     full_steps: int | None = None
     closed: bool = False
     closed_block: bool = False
+    asked: dict[str, tuple[float, float]] = field(default_factory=dict)
+    acting: set[str] = field(default_factory=set)
+    rested: dict[str, int] = field(default_factory=dict)
     _coins: dict[str, np.random.Generator] = field(default_factory=dict)
 
     @property
@@ -107,16 +112,21 @@ class RowState:
     def due(self, rule: Rule) -> bool:
         """Whether a rule is to be evaluated after the last token."""
         t = rule.trigger
-        if self.done or self.queue or not self.tokens or not self.thinking or self.fired[rule.name] >= t.max:
+        if self.done or self.queue or not self.tokens or not self.thinking or not rule.evaluated:
+            return False
+        if self.barred(rule) or rule.name in self.acting:
+            return False
+        if t.max is not None and self.fired[rule.name] >= t.max:
             return False
         if t.random is not None and len(self.tokens) - self.base < MIN_TOKENS:
             return False  # a probe would be silent here, and the coin takes its place
         if t.at_step is not None:
             # After an intervention the first steps hold its block: nothing the probe was fitted on.
-            return self.closed and self.steps == t.at_step and not self.fired.total()
+            return self.closed and self.steps == t.at_step and not self._interrupted
         if not (self.closed or t.immediate) or self.in_block or self.closed_block:
             return False
-        if self.full_steps is not None and self.full_steps < t.cooldown:
+        since = self.full_steps if rule.forces else self.steps - self.rested.get(rule.name, self.steps - t.cooldown)
+        if since is not None and since < t.cooldown:
             return False
         return self.steps >= t.min_steps and len(self.tokens) > self.base
 
@@ -155,19 +165,54 @@ class RowState:
     def _step(self) -> int:
         return self.steps - 1 if self.closed else self.steps
 
-    def log(self, rule: Rule, score: float, threshold: float, suppressed: bool) -> None:
-        """Write an event: ``step`` is the step just closed (or the open one), ``token`` where forced text starts."""
-        self.events.append(
-            {
-                "step": self._step,
-                "token": len(self.tokens),
-                "rule": rule.name,
-                "score": score,
-                "threshold": threshold,
-                "action": rule.action.force,
-                "suppressed": suppressed,
-            }
-        )
+    @property
+    def _interrupted(self) -> bool:
+        """Whether a text was forced."""
+        return self.in_block or self.full_steps is not None
+
+    def log(
+        self, rule: Rule, score: float, threshold: float, suppressed: bool, strength: float | None = None
+    ) -> dict[str, Any]:
+        """Write an event and return it.
+
+        ``step`` is the step just closed (or the open one), ``token`` the response tokens so far: where forced text
+        starts, or an effect begins. An effect has ``strength`` and ``tokens``, filled in when it ends.
+        """
+        event: dict[str, Any] = {
+            "step": self._step,
+            "token": len(self.tokens),
+            "rule": rule.name,
+            "score": score,
+            "threshold": threshold,
+            "action": rule.action.force if rule.forces else rule.action.kind,
+            "suppressed": suppressed,
+        }
+        if strength is not None:
+            event |= {"row": self.index, "strength": strength, "tokens": 0}
+        self.events.append(event)
+        return event
+
+    def ask_gate(self, rule: Rule, score: float, threshold: float) -> None:
+        """Record what a rule's gate says of this row, before the first token."""
+        self.scores.append({"step": 0, "token": 0, "rule": rule.name, "score": score})
+        self.asked[rule.name] = score, threshold
+
+    def barred(self, rule: Rule) -> bool:
+        """Whether a rule's gate keeps it from this row."""
+        score, threshold = self.asked.get(rule.name, (1.0, 0.0))
+        return score <= threshold
+
+    def start_effect(self, rule: Rule) -> None:
+        """A tensor rule that is evaluated begins to act."""
+        self.fired[rule.name] += 1
+        self.acting.add(rule.name)
+        self.streak.pop(rule.name, None)
+        self.running.pop(rule.name, None)
+
+    def rest(self, rule: Rule) -> None:
+        """An effect has ended."""
+        self.acting.discard(rule.name)
+        self.rested[rule.name] = self.steps
 
     def fire(self, rule: Rule, ids: list[int]) -> None:
         """Queue a rule's text and open its block."""

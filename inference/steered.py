@@ -1,7 +1,7 @@
-"""A model with its plan and probes as one object, and as one folder: the steered checkpoint.
+"""A model with its plan, probes, directions and gates as one object, and as one folder: the steered checkpoint.
 
-The folder is a plain model folder (``AutoModelForCausalLM.from_pretrained`` loads it) with ``plan.yaml``,
-``probes/<level>/`` and ``neureasoner.json`` beside the weights.
+The folder is a plain model folder (``AutoModelForCausalLM.from_pretrained`` loads it) with ``plan.yaml``, what the plan
+names (``probes/<level>/``, ``directions/<name>/``, ``gates/<name>/``) and ``neureasoner.json`` beside the weights.
 
 Usage::
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from neureasoner.artifacts import read_json
+from neureasoner.directions import Direction
 from neureasoner.errors import UserError
 from neureasoner.inference.assemble import CARD, assemble
 from neureasoner.inference.controller import Controller, Oracle
@@ -61,11 +62,43 @@ def load_probes(plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str,
     return probes
 
 
+def load_directions(plan: Plan, known: Mapping[str, Direction] | None = None) -> dict[str, Direction]:
+    """The directions a plan names, by the name it uses. Raises UserError naming the rule's folder."""
+    found = dict(known or {})
+    for name in plan.direction_paths:
+        if name not in found:
+            try:
+                found[name] = Direction.load(plan.folder / name)
+            except UserError as e:
+                raise UserError(f"plan {plan.name} names direction {name}: {e}") from None
+    return found
+
+
+def load_gates(plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The failure gates a plan names, by the name it uses. Raises UserError naming the rule's folder."""
+    from neureasoner.probes.detectors.gate import FailureGate
+
+    found = dict(known or {})
+    for name in plan.gate_paths:
+        if name not in found:
+            try:
+                found[name] = FailureGate.load(plan.folder / name)
+            except UserError as e:
+                raise UserError(f"plan {plan.name} names gate {name}: {e}") from None
+    return found
+
+
+def unknown_oracles(plan: Plan) -> dict[str, Oracle]:
+    """Oracles are only known at generation; until then any will do."""
+    return {r.trigger.oracle: (lambda row: False) for r in plan.rules if r.trigger.oracle}
+
+
 class SteeredModel:
-    """A stock model and tokenizer, a plan, and the probes the plan names.
+    """A stock model and tokenizer, a plan, and the probes, directions and gates the plan names.
 
     Nothing of a generation is kept here: two calls share no state. ``accept`` lists fingerprints of other models whose
-    probes are welcome (the base the checkpoint was trained from).
+    artifacts are welcome (the base the checkpoint was trained from). What is given in ``probes``, ``directions`` or
+    ``gates`` is taken instead of the folder of that name.
     """
 
     def __init__(
@@ -75,17 +108,23 @@ class SteeredModel:
         plan: Plan,
         probes: Mapping[str, Any] | None = None,
         accept: Sequence[str] = (),
+        directions: Mapping[str, Direction] | None = None,
+        gates: Mapping[str, Any] | None = None,
     ):
         self.model, self.tokenizer, self.plan = model, tokenizer, plan
         self.accept = list(accept)
         self.probes = load_probes(plan, probes)
-        for probe in self.probes.values():  # once: hashing a large model takes a while
-            if probe.model_fingerprint not in self.accept:
-                probe.check(model)
-                self.accept.append(probe.model_fingerprint)
+        self.directions, self.gates = load_directions(plan, directions), load_gates(plan, gates)
+        for origin in (*self.probes.values(), *self.gates.values()):  # once: hashing a large model takes a while
+            if origin.model_fingerprint not in self.accept:
+                origin.check(model)
+                self.accept.append(origin.model_fingerprint)
+        for direction in self.directions.values():
+            if direction.fingerprint and direction.fingerprint not in self.accept:
+                direction.check(model)
+                self.accept.append(direction.fingerprint)
         self.card: dict[str, Any] = {}
-        if not any(r.trigger.oracle for r in plan.rules):  # oracles are only known at generation
-            self.controller()
+        self.controller(unknown_oracles(plan))
 
     @classmethod
     def from_pretrained(
@@ -111,10 +150,15 @@ class SteeredModel:
         steered.card = card
         return steered
 
-    def with_plan(self, plan: Plan) -> SteeredModel:
-        """The same model under another plan; probes already loaded from the same folder are shared."""
-        known = {n: p for n, p in self.probes.items() if plan.folder == self.plan.folder}
-        other = SteeredModel(self.model, self.tokenizer, plan, known, self.accept)
+    def with_plan(self, plan: Plan, directions: Mapping[str, Direction] | None = None) -> SteeredModel:
+        """The same model under another plan; what is already loaded from the same folder is shared.
+
+        ``directions`` are taken instead of the folders of those names (the random control).
+        """
+        same = plan.folder == self.plan.folder
+        given = {**(self.directions if same else {}), **(directions or {})}
+        probes, gates = (self.probes, self.gates) if same else (None, None)
+        other = SteeredModel(self.model, self.tokenizer, plan, probes, self.accept, given, gates)
         other.card = self.card
         return other
 
@@ -134,7 +178,15 @@ class SteeredModel:
     def controller(self, oracles: Mapping[str, Oracle] | None = None, record: Sequence[str] = ()) -> Controller:
         """A controller for this plan. Raises UserError for what cannot run."""
         return Controller(
-            self.model, self.tokenizer, self.plan, self.probes, oracles=oracles, record=record, accept=self.accept
+            self.model,
+            self.tokenizer,
+            self.plan,
+            self.probes,
+            oracles=oracles,
+            record=record,
+            accept=self.accept,
+            directions=self.directions,
+            gates=self.gates,
         )
 
     def generate(
@@ -151,6 +203,7 @@ class SteeredModel:
         record: Sequence[str] = (),
         on_text: OnText | None = None,
         progress: Callable[[int, int], None] | None = None,
+        strengths: Mapping[str, Sequence[float]] | None = None,
     ) -> list[Generation]:
         """One response per prompt, in order. A prompt is a Problem, a question, chat messages, or token ids.
 
@@ -158,12 +211,22 @@ class SteeredModel:
         depends on the seed and the batches alone. A plan without rules runs without hooks. ``oracles`` get the row's
         state, whose ``index`` is the prompt's place here. ``on_text(text, forced)`` streams and takes one row at a
         time; ``progress(done, total)`` is called after every batch. ``max_new_tokens`` counts forced tokens.
+        ``strengths`` gives a factor for each prompt to the rules of strength ``per_row``. Raises UserError for what
+        cannot run, before the first token: a rule that waits for more steps than there can be tokens is such a thing.
         """
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        for rule in self.plan.rules:
+            if rule.evaluated and max(rule.trigger.min_steps, rule.trigger.at_step or 0) >= max_new_tokens:
+                raise UserError(
+                    f"plan {self.plan.name}, rule {rule.name} can never fire: it waits for more steps than "
+                    f"max_new_tokens ({max_new_tokens}) leaves room for"
+                )
         size = 1 if on_text is not None else batch_size
         watched = bool(self.plan.rules) or bool(record)
         controller = self.controller(oracles, record) if watched else None
+        if controller is not None:
+            controller.steering.check_strengths(strengths, len(prompts))
         encoded = [encode_prompt(self.tokenizer, p, nothinking) for p in prompts]
         done: list[Generation] = []
         for b, start in enumerate(range(0, len(prompts), size)):
@@ -181,6 +244,7 @@ class SteeredModel:
                 indices=list(part),
                 problems=[prompts[i] if isinstance(prompts[i], Problem) else None for i in part],
                 on_text=on_text,
+                strengths={name: [values[i] for i in part] for name, values in (strengths or {}).items()},
             )
             if progress is not None:
                 progress(len(done), len(prompts))

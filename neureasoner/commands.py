@@ -67,6 +67,13 @@ COMMANDS: dict[str, Command] = {
         "probes.attribution.rcn",
         "rcn",
     ),
+    "probes directions": Command(
+        "make a direction to steer along from two kinds of traces",
+        "probes.directions.config",
+        "DirectionsConfig",
+        "probes.directions.directions",
+        "directions",
+    ),
     "probes gate": Command(
         "predict from a question alone whether the model will fail it",
         "probes.detectors.gate_config",
@@ -96,6 +103,41 @@ COMMANDS: dict[str, Command] = {
         "main",
         script="sft.py",
     ),
+    "training merge": Command(
+        "put a LoRA adapter and its trigger rows into a plain checkpoint",
+        "training.tools_config",
+        "MergeConfig",
+        "training.merge",
+        "merge",
+    ),
+    "training sizing": Command(
+        "compute the memory a run needs, by model and launch layout",
+        "training.tools_config",
+        "SizingConfig",
+        "training.sizing",
+        "sizing",
+    ),
+    "training bias": Command(
+        "train bias vectors, LoRA or all weights by reinforcement learning, or by SFT",
+        "training.bias_config",
+        "BiasConfig",
+        "training.bias",
+        "train_bias",
+    ),
+    "training bias-table": Command(
+        "compare trained arms, the base and controls on held-out problems",
+        "training.bias_config",
+        "BiasTableConfig",
+        "evaluation.bias_table",
+        "bias_table",
+    ),
+    "training logit-lens": Command(
+        "which tokens each block's bias vector raises and lowers",
+        "training.bias_config",
+        "LogitLensConfig",
+        "training.logit_lens",
+        "logit_lens",
+    ),
     "assemble": Command(
         "put model, probes and plan into one steered checkpoint",
         "inference.config",
@@ -110,6 +152,13 @@ COMMANDS: dict[str, Command] = {
         "inference.generate",
         "generate",
     ),
+    "inference bake": Command(
+        "write a plan's always-on rules into the weights",
+        "inference.bake_config",
+        "BakeConfig",
+        "inference.bake",
+        "bake",
+    ),
     "evaluate": Command(
         "compare arms on problems: results.json and report.html",
         "evaluation.config",
@@ -117,10 +166,51 @@ COMMANDS: dict[str, Command] = {
         "evaluation.evaluate",
         "evaluate",
     ),
+    "ablate": Command(
+        "steer along a direction and without each of its parts: results.json and results.md",
+        "evaluation.ablation_config",
+        "AblateConfig",
+        "evaluation.ablation",
+        "ablate",
+    ),
+    "evaluation benchmark": Command(
+        "write the problems of a benchmark: GSM8K, MATH500, AIME, GPQA, LiveCodeBench, or a file",
+        "evaluation.benchmarks.config",
+        "BenchmarkConfig",
+        "evaluation.benchmarks.benchmark",
+        "benchmark",
+    ),
+    "evaluation show": Command(
+        "look at an evaluation in the terminal: arms, filters, traces side by side",
+        "evaluation.viewer.config",
+        "ShowConfig",
+        "evaluation.viewer.terminal",
+        "terminal",
+    ),
+    "evaluation report": Command(
+        "write report.html of an evaluation again",
+        "evaluation.viewer.config",
+        "ReportConfig",
+        "evaluation.report",
+        "report",
+    ),
+    "evaluation details": Command(
+        "record the neurons of an evaluation's traces, for the report's spectrograms",
+        "evaluation.viewer.config",
+        "DetailsConfig",
+        "evaluation.viewer.details",
+        "details",
+    ),
     "doctor": Command(
         "say what is installed and whether hooks fire", "floor_config", "DoctorConfig", "doctor", "doctor"
     ),
     "run": Command("run a recipe: a whole chain of stages", "floor_config", "RunConfig", "run", "run_recipe"),
 }
 
-GROUPS = {"data": "problems, rollouts, judges", "probes": "neurons and detectors", "training": "teach the triggers"}
+GROUPS = {
+    "data": "problems, rollouts, judges",
+    "probes": "neurons and detectors",
+    "training": "teach the triggers",
+    "inference": "rules into weights",
+    "evaluation": "benchmarks, reports, traces",
+}

@@ -1,4 +1,5 @@
-"""SFTTrainer with two things of ours: batches of like length that survive a resume, and one short line per log."""
+"""SFTTrainer with three things of ours: batches of like length that survive a resume, checkpoints that are whole or
+absent, and one short line per log."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ import numpy as np
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTTrainer
+
+from neureasoner.training.checkpoints import WholeCheckpoints
 
 POOL = 32  # batches whose rows are sorted by length together
 
@@ -64,11 +67,15 @@ class Lines(TrainerCallback):
         print("  ".join([*shown, f"{int(left) // 60}:{int(left) % 60:02d} left"]), flush=True)
 
 
-class TriggerTrainer(SFTTrainer):  # type: ignore[misc]
+class TriggerTrainer(WholeCheckpoints, SFTTrainer):  # type: ignore[misc]
     """TRL's trainer; ``train_sampling_strategy: group_by_length`` uses ``LikeLengths``."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        model: Any = self.model
+        for module in model.modules():  # TRL's fused head reads the bias of whatever stands for the head
+            if type(module).__name__ == "TrainableTokensWrapper":
+                module.bias = None
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(Lines())

@@ -1,4 +1,10 @@
-"""Checkpoints that were written to the end, and the last model put in place whole."""
+"""Checkpoints that are whole or absent, and the last model put in place whole.
+
+``WholeCheckpoints`` lets the Trainer write into ``.writing`` and then renames the folder, when every process has
+finished its part: a run killed at any moment leaves no half ``checkpoint-N``. ``whole.json`` in it lists the files and
+their sizes, whatever layout they have (safetensors, an adapter, ZeRO's or FSDP's shards). Old checkpoints are renamed
+before they are removed.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +14,31 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from neureasoner.artifacts import read_json
+from neureasoner.artifacts import read_json, write_json
 from neureasoner.errors import UserError
+
+WRITING, REMOVED, MANIFEST, STATE = ".writing", ".removed", "whole.json", "trainer_state.json"
 
 
 def is_whole(folder: Path) -> bool:
-    """Was this ``checkpoint-N`` written to its end?
+    """Was this ``checkpoint-N`` written to its end, and is all of it still there?
 
-    The Trainer writes weights, optimizer, scheduler, random states and last ``trainer_state.json``; a run killed while
-    writing, or while removing an old checkpoint, leaves some of them out or the last one cut off.
+    One without ``whole.json`` is a plain Trainer's: it writes weights, optimizer, scheduler, random states and last
+    ``trainer_state.json``; a run killed while writing, or while removing an old checkpoint, leaves some of them out or
+    the last one cut off.
     """
     try:
-        state = read_json(folder / "trainer_state.json")
-    except UserError:
+        state = read_json(folder / STATE)
+        files = read_json(folder / MANIFEST)["files"] if (folder / MANIFEST).is_file() else None
+    except (UserError, KeyError, TypeError):
         return False
-    weights = any(folder.glob("*.safetensors")) or any(folder.glob("global_step*"))
-    optimizer = any((folder / name).is_file() for name in ("optimizer.pt", "optimizer.bin")) or any(
-        folder.glob("global_step*")
-    )
-    rest = (folder / "scheduler.pt").is_file() and any(folder.glob("rng_state*.pth"))
-    whole_weights = all(_is_safetensors(p) for p in folder.glob("*.safetensors"))
-    return state.get("global_step") == _step(folder) and weights and whole_weights and optimizer and rest
+    if state.get("global_step") != _step(folder):
+        return False
+    if files is not None:
+        return all((folder / f).is_file() and (folder / f).stat().st_size == size for f, size in files.items())
+    weights = any(folder.glob("*.safetensors")) and all(_is_safetensors(p) for p in folder.glob("*.safetensors"))
+    rest = all((folder / name).is_file() for name in ("optimizer.pt", "scheduler.pt"))
+    return weights and rest and any(folder.glob("rng_state*.pth"))
 
 
 def _step(folder: Path) -> int:
@@ -46,25 +56,110 @@ def _is_safetensors(path: Path) -> bool:
         return False
 
 
+def _checkpoints(folder: str | Path) -> list[Path]:
+    """Every ``checkpoint-N``, the newest first."""
+    found = [p for p in Path(folder).glob("checkpoint-*") if p.is_dir() and _step(p) >= 0]
+    return sorted(found, key=_step, reverse=True)
+
+
 def last_whole(folder: str | Path) -> str | None:
     """Path of the newest whole ``checkpoint-N`` in ``folder``; incomplete ones are passed over."""
-    found = [p for p in Path(folder).glob("checkpoint-*") if p.is_dir() and _step(p) >= 0]
-    for path in sorted(found, key=_step, reverse=True):
-        if is_whole(path):
-            return str(path)
-    return None
+    return next((str(path) for path in _checkpoints(folder) if is_whole(path)), None)
 
 
-def save_whole(trainer: Any, out: Path) -> None:
-    """Write model and tokenizer into ``out``, each file whole; ``training_args.bin`` (a pickle) is left out.
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
-    All processes call this. Whoever reads ``out`` waits for ``stage.json``, which is written after it.
+
+def _remove(folder: Path) -> None:
+    """Make ``folder`` absent at once, then free its space."""
+    if folder.is_dir():
+        aside = folder.parent / REMOVED
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def publish(written: Path, place: Path) -> None:
+    """Put the finished folder ``written`` in its place: on the disk, listed in ``whole.json``, and by one rename."""
+    files = [p for p in sorted(written.rglob("*")) if p.is_file() and p.name != MANIFEST]
+    for path in files:
+        _sync(path)
+    sizes = {str(p.relative_to(written)): p.stat().st_size for p in files if p != written / STATE}
+    write_json(written / MANIFEST, {"files": sizes})
+    _remove(place)
+    os.replace(written, place)
+    _sync(place.parent)
+
+
+def keep_last(folder: Path, limit: int | None) -> None:
+    """Remove all but the newest ``limit`` checkpoints, and those that are not whole; None keeps every whole one."""
+    whole = [p for p in _checkpoints(folder) if is_whole(p)]
+    kept = whole if limit is None else whole[: max(1, limit)]
+    for path in _checkpoints(folder):
+        if path not in kept:
+            _remove(path)
+
+
+class WholeCheckpoints:
+    """Mixin before a Trainer: see the module. It also ends a run resumed from its last step where it is: left to
+    itself, a Trainer that was killed between its last checkpoint and the end takes one step too many.
     """
-    temporary = out / ".model.tmp"
-    trainer.save_model(str(temporary))
-    if not trainer.is_world_process_zero():
-        return
+
+    _writing = ""
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        trainer: Any = self
+        if trainer.state.global_step >= trainer.state.max_steps:
+            trainer.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._writing or str(super()._get_output_dir(trial))  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        trainer: Any = self
+        run = Path(super()._get_output_dir(trial))  # type: ignore[misc]
+        if trainer.args.should_save:
+            for name in (WRITING, REMOVED):  # what a killed run left
+                shutil.rmtree(run / name, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
+        self._writing = str(run / WRITING)
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self._writing = ""
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            name = f"checkpoint-{trainer.state.global_step}"
+            publish(run / WRITING / name, run / name)
+            keep_last(run, trainer.args.save_total_limit)
+            shutil.rmtree(run / WRITING, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
+
+
+def put_whole(temporary: Path, out: Path) -> None:
+    """Move the files of ``temporary`` into ``out``, each whole; ``training_args.bin`` (a pickle) is left out."""
     for path in sorted(temporary.iterdir()):
         if path.name != "training_args.bin":
             os.replace(path, out / path.name)
     shutil.rmtree(temporary)
+
+
+def save_whole(trainer: Any, out: Path) -> None:
+    """Write model and tokenizer into ``out``, each file whole.
+
+    All processes call this. Whoever reads ``out`` waits for ``stage.json``, which is written after it.
+    """
+    temporary = out / ".model.tmp"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(temporary, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(temporary))
+    if trainer.is_world_process_zero():
+        put_whole(temporary, out)

@@ -4,10 +4,13 @@
         training/sft.py --config configs/recipes/tiny/sft.yaml --data runs/reconstruct/train.jsonl --out runs/sft
 
     accelerate launch --config_file configs/accelerate/cpu.yaml training/sft.py --config …      # the same
-    accelerate launch --num_processes 8 training/sft.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B --data … --out …
+    accelerate launch --config_file configs/accelerate/zero2.yaml \\
+        training/sft.py --config configs/recipes/DeepSeek-R1-Distill-Qwen-7B/sft.yaml --data … --out …
 
 A key of the YAML file sets a default, the command line overrides it, unknown keys are refused. Defaults are the
-paper's. The batch size counts over all devices. CPU or GPU, and bf16, are chosen by what is there.
+paper's. The batch size counts over all devices. CPU or GPU, and bf16, are chosen by what is there. ``--lora 32`` trains
+an adapter and the triggers' rows instead of everything; ``neureasoner training merge`` makes a plain model of it.
+docs/training.md says which layout fits which model.
 
 Run it again after an interruption: it goes on from the last whole checkpoint in ``out/checkpoints``. ``out`` is
 complete once it holds ``stage.json``: model and tokenizer, ``log.json``, ``loss.png``. The optimizer and random states
@@ -17,9 +20,11 @@ else reads them.
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +46,12 @@ def parse(argv: Sequence[str] | None = None) -> tuple[SftArguments, Any]:
     gpu = torch.cuda.is_available()
     types: Any = (SftArguments, SFTConfig)
     parser = Parser(types, allow_abbrev=False)
-    parser.set_defaults_with_config(**PAPER, use_cpu=not gpu, bf16=gpu, activation_checkpointing=gpu)
+    machine: dict[str, Any] = {"use_cpu": not gpu, "bf16": gpu, "activation_checkpointing": gpu}
+    if launched_with("DEEPSPEED") and not gpu:
+        # DeepSpeed finds the CPU by itself (Accelerate leaves DeepSpeed out where it is told), but needs to be told how
+        # the processes talk: Accelerate would count one of them only.
+        machine |= {"use_cpu": False, "ddp_backend": "gloo"}
+    parser.set_defaults_with_config(**PAPER, **machine)
     try:
         script, args = parser.parse_args_and_config(argv)
     except OSError as e:
@@ -55,6 +65,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[SftArguments, Any]:
     return script, args
 
 
+def launched_with(what: str) -> bool:
+    """Whether ``accelerate launch`` was told to use ``DEEPSPEED`` or ``FSDP``."""
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
+
+
 def split_problems(rows: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
     """(train, held out): a problem's rows stay together."""
     problems = sorted({row.problem.id for row in rows})
@@ -63,31 +78,85 @@ def split_problems(rows: Sequence[Any], share: float, seed: int) -> tuple[list[A
     return [r for r in rows if r.problem.id not in held], [r for r in rows if r.problem.id in held]
 
 
+def check_machine(script: SftArguments, args: Any) -> None:
+    """Refuse what this machine cannot do, before any long work. Raises UserError."""
+    import torch
+
+    if args.load_best_model_at_end:
+        raise UserError("load_best_model_at_end is not supported: the last update is what is saved")
+    if args.packing and args.packing_strategy != "bfd":
+        raise UserError(
+            f"packing_strategy {args.packing_strategy!r} cuts rows or lets them see each other; set it to 'bfd'"
+        )
+    if args.packing and not args.max_length:
+        raise UserError("packing needs max_length, the size of a pack")
+    if torch.cuda.is_available() and not args.use_cpu:
+        return
+    if args.use_liger_kernel:
+        raise UserError("use_liger_kernel needs a GPU, and there is none; set it to false")
+    if script.attention.startswith("flash"):
+        raise UserError(f"attention {script.attention!r} needs a GPU, and there is none; set it to 'sdpa'")
+    # In both cases Accelerate would run plain DDP without a word.
+    if launched_with("FSDP"):
+        raise UserError("Accelerate has FSDP on GPUs only, and there is none; use configs/accelerate/ddp.yaml")
+    if launched_with("DEEPSPEED") and (args.use_cpu or os.environ.get("ACCELERATE_USE_CPU") == "true"):
+        raise UserError("DeepSpeed is skipped where the CPU is asked for; leave use_cpu and ACCELERATE_USE_CPU out")
+
+
+def lora_config(script: SftArguments, model: Any, trigger_rows: Sequence[int]) -> Any:
+    """PEFT's settings: every linear layer, and the triggers' rows of both matrices (of the one, if they are tied)."""
+    from peft import LoraConfig
+
+    rows: Any = None
+    if trigger_rows:
+        inner, head = model.get_input_embeddings(), model.get_output_embeddings()
+        names = {module: name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
+        tied = head is None or head.weight is inner.weight
+        rows = {names[m]: list(trigger_rows) for m in ([inner] if tied else [inner, head])}
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=script.lora,
+        lora_alpha=script.lora_alpha or 2 * script.lora,
+        lora_dropout=script.lora_dropout,
+        target_modules="all-linear",
+        trainable_token_indices=rows,
+    )
+
+
 def build(script: SftArguments, args: Any, callbacks: Sequence[Any] = ()) -> tuple[Any, dict[str, Any]]:
     """Model, triggers, rows and trainer. Returns (trainer, what the summary says of the data). Changes ``args``."""
     from datasets import Dataset
     from transformers import set_seed
+    from transformers.integrations import is_deepspeed_zero3_enabled
     from transformers.utils.logging import disable_progress_bar
 
     from neureasoner.data_builders.layouts import read_reconstructions
     from neureasoner.models import load
     from neureasoner.training.batches import TriggerTrainer
     from neureasoner.training.masks import encode_all
+    from neureasoner.training.templates import open_once
     from neureasoner.training.triggers import add_triggers, trigger_ids
 
     # ---- Seed
+    check_machine(script, args)
     set_seed(args.seed)
     disable_progress_bar()
 
     # ---- Model and triggers
-    model, tokenizer = load(script.model, device="cpu", dtype=script.dtype)
+    device = args.device if is_deepspeed_zero3_enabled() else "cpu"  # ZeRO-3 has placed its parts already
+    model, tokenizer = load(script.model, device=device, dtype=script.dtype)
+    model.name_or_path = script.model  # what an adapter calls its base
+    if script.attention != model.config._attn_implementation:
+        model.set_attn_implementation(script.attention)
     if script.add_triggers:
-        triggers = add_triggers(model, tokenizer, script.triggers, script.trigger_init)
+        about_them = dict(zip(script.triggers, script.trigger_descriptions, strict=False))
+        triggers = add_triggers(model, tokenizer, script.triggers, script.trigger_init, about_them)
     else:
         triggers = trigger_ids(tokenizer, script.triggers)
+    added = [ids[0] for ids in triggers.values()] if script.add_triggers else []
 
     # ---- Data: labels are ours, and no row is ever cut
-    train, held = split_problems(read_reconstructions(script.data), script.eval_share, args.seed)
+    train, held = split_problems(open_once(read_reconstructions(script.data), tokenizer), script.eval_share, args.seed)
     say = print if args.process_index == 0 else lambda _: None
     limit = min(args.max_length or sys.maxsize, getattr(model.config, "max_position_embeddings", sys.maxsize))
     sets, about = {}, {}
@@ -117,7 +186,11 @@ def build(script: SftArguments, args: Any, callbacks: Sequence[Any] = ()) -> tup
         eval_dataset=sets.get("held_out"),
         processing_class=tokenizer,
         callbacks=list(callbacks),
+        peft_config=lora_config(script, model, added) if script.lora else None,
     )
+    if script.lora:  # PEFT would add both whole matrices where they grew; every new row is a trigger's, saved anyway
+        adapted: Any = trainer.model
+        adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
     return trainer, {"data": about, "triggers": triggers}
 
 

@@ -24,6 +24,13 @@ PAPER: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": "none",
     "disable_tqdm": True,
+    "ddp_find_unused_parameters": False,  # every trained parameter is used
+}
+
+# What the description rows of new trigger tokens are made from (``trigger_init: description``).
+DESCRIPTIONS = {
+    INTRA: "wait, a step above is wrong: find the error and correct it",
+    INTER: "I am going in circles: stop and try another approach",
 }
 
 # Fields of TrainingArguments that do not change the weights that come out.
@@ -51,13 +58,26 @@ class SftArguments:
     )
     triggers: list[str] = field(default_factory=lambda: [INTRA, INTER], metadata={"help": "the trigger texts"})
     trigger_init: str = field(
-        default="mean", metadata={"help": "rows of new tokens: 'mean' of all others, or 'keep' what stands there"}
+        default="mean",
+        metadata={"help": "rows of new tokens: 'mean' of all others, of their 'description', or 'keep' what is there"},
+    )
+    trigger_descriptions: list[str] = field(
+        default_factory=lambda: list(DESCRIPTIONS.values()), metadata={"help": "one for each trigger, in their order"}
     )
     too_long: str = field(
         default="error", metadata={"help": "rows over max_length: 'error', or 'drop' them and say how many"}
     )
     eval_share: float = field(default=0.0, metadata={"help": "share of problems held out to follow the loss on"})
     dtype: str = field(default="float32", metadata={"help": "weights while training; bf16 autocast is a field of TRL"})
+    attention: str = field(
+        default="sdpa",
+        metadata={"help": "attention code: sdpa, eager, or on a GPU flash_attention_2, flash_attention_3"},
+    )
+    lora: int = field(
+        default=0, metadata={"help": "rank of LoRA on every linear layer; 0, the paper's, trains all parameters"}
+    )
+    lora_alpha: int = field(default=0, metadata={"help": "LoRA's scale is lora_alpha / lora; 0 means twice the rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before LoRA"})
 
     def __post_init__(self) -> None:
         if not 0 <= self.eval_share < 1:
@@ -66,6 +86,12 @@ class SftArguments:
             raise UserError(f"too_long must be 'error' or 'drop', got {self.too_long!r}")
         if self.batch_size < 1:
             raise UserError(f"batch_size must be positive, got {self.batch_size}")
+        if self.lora < 0 or self.lora_alpha < 0 or not 0 <= self.lora_dropout < 1:
+            raise UserError("lora and lora_alpha must not be negative, lora_dropout must be in [0, 1)")
+        if self.trigger_init == "description" and len(self.trigger_descriptions) != len(self.triggers):
+            raise UserError(
+                f"trigger_descriptions has {len(self.trigger_descriptions)} texts for {len(self.triggers)} triggers"
+            )
 
 
 @dataclass

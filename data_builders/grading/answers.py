@@ -18,6 +18,15 @@ _LETTER = re.compile(r"\(?([A-J])\)?[.:]?")
 _SAID = re.compile(
     r"(?i:answer|option|choice)\s*(?i:is|:)?\s*(?i:option\s+|choice\s+)?[*_\s]*\(?([A-H])\)?[*_]*(?![\w(])"
 )
+# Where only a letter is wanted: "the answer must be C" weighs more than "option A", wherever they stand.
+_PICKED = r"[*_$\s]*(?:\\(?:text|mathrm|mathbf)\{)?\(?([A-J])(?![\w'’])"
+_ANSWERED = re.compile(
+    r"(?i:answer)[*_]*(?:\s+(?i:is|must be|should be|would be|has to be|choice|option|letter))*\s*[:=]?" + _PICKED
+)
+_OPTION = re.compile(r"(?i:option|choice)\s*[:=]?" + _PICKED)
+_ALONE = re.compile(r"[*_$\s]*\(?([A-J])\)?[.:]?[*_$\s]*")
+_LED = re.compile(r"\(?([A-J])(?:\)|[.:](?=\s))")
+TESTS = "tests:"  # begins the gold answer of a program: the name of its test set
 MAX_ANSWER = 2000  # characters; longer "answers" are not answers
 TAIL = 600  # characters at the end of an answer part in which an unboxed answer is looked for
 
@@ -90,6 +99,24 @@ def option_letter(answer: str, boxed: bool = True) -> str | None:
         return None
     said = _SAID.findall(answer)
     return said[-1] if said else None
+
+
+def chosen_option(text: str) -> str | None:
+    r"""The letter a response to a question with options ends on.
+
+    The last ``\boxed`` if it names one (``\boxed{B}``, ``\boxed{(B) 5 m}``), else the last ``answer: (B)``, else the
+    last ``option B``, else a last line that is a letter alone. None where there is none.
+    """
+    boxed = last_boxed(text)
+    if boxed is not None:
+        led = _LED.match(_WRAPPED.sub(r"\1", boxed).strip())
+        return option_letter(boxed) or (led[1] if led else None)
+    tail = text.rstrip()[-TAIL:]
+    for said in (_ANSWERED, _OPTION):
+        if found := said.findall(tail):
+            return str(found[-1])
+    alone = _ALONE.fullmatch(tail.rpartition("\n")[2])
+    return alone[1] if alone else None
 
 
 def quick(gold: str, predicted: str, boxed: bool) -> bool | None:

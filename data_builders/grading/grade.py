@@ -6,9 +6,11 @@ import atexit
 import re
 import threading
 from functools import cache
+from importlib import import_module
+from typing import Any
 
 from neureasoner.data_builders.families import FAMILIES, extract_answer, score
-from neureasoner.data_builders.grading.answers import final_answer, quick
+from neureasoner.data_builders.grading.answers import TESTS, chosen_option, final_answer, option_letter, quick
 from neureasoner.data_builders.grading.verifier import MathVerifier
 from neureasoner.traces import THINK_CLOSE, Problem
 
@@ -20,19 +22,33 @@ _lock = threading.Lock()
 
 
 def answer_of(problem: Problem, response: str) -> str | None:
-    r"""The answer a response gives after its thinking: as the problem's family reads it, else the last ``\boxed`` or
-    what follows ``####``. None if there is none."""
+    r"""The answer a response gives after its thinking: as the problem's family reads it, else by its gold answer's
+    kind: a program, an option letter, or the last ``\boxed`` or what follows ``####``. None if there is none."""
     if problem.family in FAMILIES:
         return extract_answer(response)
-    answer, marked = final_answer(_END.sub("", response.rpartition(THINK_CLOSE)[2]))
+    said = _END.sub("", response.rpartition(THINK_CLOSE)[2])
+    if problem.answer.startswith(TESTS):
+        program: str | None = _programs().program_of(said)
+        return program
+    if option_letter(problem.answer) is not None:
+        return chosen_option(said)
+    answer, marked = final_answer(said)
     return answer if marked else None
 
 
-def grade(problem: Problem, given: str | None) -> bool:
-    """Is the answer right? Whatever the answer holds, this ends: algebra runs in a process that is killed in time.
+def _programs() -> Any:
+    """Grading of programs: theirs is the sandbox, which needs a room above this one, so only when it is needed."""
+    return import_module("neureasoner.evaluation.benchmarks.code")
 
-    Raises UserError where that needs math-verify and it is missing.
+
+def grade(problem: Problem, given: str | None) -> bool:
+    """Is the answer right? Whatever the answer holds, this ends: algebra runs in a process that is killed in time, a
+    program in the sandbox.
+
+    Raises UserError where that needs math-verify, a sandbox or a test set, and it is missing.
     """
+    if given is not None and problem.answer.startswith(TESTS) and problem.family not in FAMILIES:
+        return bool(_programs().grade_program(problem.answer, given))
     if given is None or len(given) > MAX_GIVEN:
         return False
     if problem.family in FAMILIES:

@@ -148,10 +148,14 @@ def contrast_rows(train: Sequence[Trace], tokenizer: Any, config: RcnConfig) -> 
 
 
 def rcn(config: RcnConfig) -> dict[str, Any]:
-    """Stage ``probes rcn``. Writes ``neurons.safetensors``, ``neurons.json`` and ``neurons.png``."""
+    """Stage ``probes rcn``. Writes ``neurons.safetensors``, ``neurons.json``, ``neurons.png`` and ``directions/``.
+
+    ``directions/full`` is the same neurons as a Direction; beside it are its ablation variants.
+    """
     from rich.progress import Progress
 
     from neureasoner.models import fingerprint, load
+    from neureasoner.probes.directions.critical import critical_directions
 
     folder = StageFolder(config.out, "probes rcn", config, inputs=[*model_files(config.model), config.traces])
     if folder.done:
@@ -185,12 +189,18 @@ def rcn(config: RcnConfig) -> dict[str, Any]:
         **summary,
     }
     summary["warnings"] = _report(summary, config)
-    info = {
-        "kind": "rcn",
-        "schema": SCHEMA,
+    origin = {
         "model": config.model,
         "fingerprint": fingerprint(model),
         "source_model": config.source_model or config.model,
+    }
+    told = {**origin, "options": folder.config, "traces": file_fingerprint([config.traces]), "seed": config.seed}
+    for name, direction in critical_directions(c, chosen, control, config, layout, told).items():
+        direction.save(folder.path / "directions" / name)
+    info = {
+        "kind": "rcn",
+        "schema": SCHEMA,
+        **origin,
         "unit": config.unit,
         "meaning": MEANING,
         "shift": SHIFT[config.unit],

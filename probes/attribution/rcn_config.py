@@ -19,7 +19,9 @@ class RcnConfig:
 
     model: str = field(metadata={"help": "model folder, hub id, or 'tiny'"})
     traces: str = field(metadata={"help": "judged traces.jsonl, several a problem"})
-    out: str = field(metadata={"help": "folder to write neurons.safetensors, neurons.json and figures into"})
+    out: str = field(
+        metadata={"help": "folder to write neurons.safetensors, neurons.json, directions/ and figures into"}
+    )
     neurons: int = field(default=50, metadata={"help": "neurons kept, over all blocks together"})
     span: str = field(default="response", metadata={"help": "tokens of the means: 'response', or 'all' of the trace"})
     pooling: str = field(

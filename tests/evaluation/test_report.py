@@ -13,7 +13,7 @@ from rich.console import Console
 
 from neureasoner.artifacts import write_json
 from neureasoner.evaluation.config import EvaluateConfig
-from neureasoner.evaluation.examples import pick, view
+from neureasoner.evaluation.examples import false_alarms, fits, main_pair, misses, pick, view
 from neureasoner.evaluation.report import embed, write_report
 from neureasoner.evaluation.results import build
 from neureasoner.evaluation.runner import outcomes
@@ -21,7 +21,7 @@ from neureasoner.evaluation.show import choose_examples, show
 from neureasoner.evaluation.verdict import caution, headline
 from neureasoner.traces import InterLabel, IntraLabel, Labels, Problem, Step, Trace, write_rows
 
-EVIL = "</script><script>alert('{{data}}')</script><img src=http://evil onerror=x> & \u2028 \U0001f9e0"
+EVIL = "</script><script>alert('{{data}}')</script><img src=http://evil onerror=x><!-- & \u2028 \U0001f9e0"
 
 
 def trace(i: int, arm: str, right: bool, acted: bool = False, evil: bool = False) -> Trace:
@@ -91,12 +91,16 @@ def test_report_is_self_contained_and_nothing_breaks_out(folder: Any) -> None:
     html = write_report(folder).read_text(encoding="utf-8")
     page = Page()
     page.feed(html)
-    assert page.tags.count("script") == 2 and "img" not in page.tags and "link" not in page.tags
+    assert page.tags.count("script") == 82 and "img" not in page.tags and "link" not in page.tags
     assert all(link.startswith("#") for link in page.links), page.links
-    assert "@import" not in html and not re.search(r"url\s*\(", html) and "{{" not in page.scripts[1]
-    data = json.loads(page.scripts[0])
-    assert data["arms"] == ["vanilla", "full"] and len(data["traces"]) == 80
-    odd = next(t for t in data["traces"] if t["problem"] == "p3" and t["arm"] == "full")
+    assert "@import" not in html and not re.search(r"url\s*\(", html) and "{{" not in page.scripts[-1]
+    data, *traces = map(json.loads, page.scripts[:-1])
+    assert data["arms"] == ["vanilla", "full"] and len(data["rows"]) == len(traces) == 80
+    for row in data["rows"]:
+        assert [traces[row["i"]][k] for k in ("arm", "problem", "right")] == [
+            row[k] for k in ("arm", "problem", "right")
+        ]
+    odd = next(t for t in traces if t["problem"] == "p3" and t["arm"] == "full")
     assert odd["question"] == EVIL and odd["text"].startswith(EVIL), "text survives exactly"
     assert list((folder / "figures").glob("*.svg"))
 
@@ -107,14 +111,14 @@ def test_view_marks_steps_and_blocks() -> None:
     a, b = seen["span"]
     assert seen["text"][a:b] == "1 + 1 = 3"
     [(a, b)] = seen["forced"]
-    assert seen["text"][a:b] == "<INTRA>" and seen["events"] == [["intra", 2, 0.9, 0.5]]
+    assert seen["text"][a:b] == "<INTRA>" and seen["events"] == [["intra", 2, 0.9, 0.5, 8]]
 
 
 def test_embedded_traces_are_capped_and_stay_paired(folder: Any) -> None:
     html = write_report(folder, cap=10).read_text(encoding="utf-8")
     page = Page()
     page.feed(html)
-    traces = json.loads(page.scripts[0])["traces"]
+    traces = json.loads(page.scripts[0])["rows"]
     assert len(traces) == 10 and len({t["problem"] for t in traces}) == 5
     assert "10 of 80 traces are embedded" in html
 
@@ -129,6 +133,87 @@ def test_pick_prefers_repairs() -> None:
     assert title.startswith("1 of 1") and pairs[0][1].problem.id == "p7"
     honest, none = choose_examples({**traces, "full": traces["vanilla"]}, 3)
     assert honest == "full never stepped in" and not none
+
+
+def test_a_page_has_a_budget_of_characters() -> None:
+    traces = {"vanilla": [trace(i, "vanilla", True) for i in range(20)]}
+    size = len(traces["vanilla"][0].response)
+    assert len(pick(traces, 20, budget=3 * size)) == 3
+    assert len(pick(traces, 20, budget=1)) == 1, "one is shown whatever its size"
+
+
+def test_false_alarms_and_misses() -> None:
+    seen = trace(1, "full", True, acted=True)  # wrong step 1, intra steps in after it
+    assert false_alarms(seen) == [] and misses(seen) == []
+    seen.events[0]["step"] = 0
+    assert false_alarms(seen) == ["intra"], "nothing was wrong yet"
+    assert misses(seen) == ["intra"], "and nobody stepped in when it was"
+    seen.events[0]["suppressed"] = True
+    assert false_alarms(seen) == [], "an event that was not carried out is none"
+    silent = trace(1, "vanilla", True)
+    assert misses(silent) == [], "who does not watch does not miss"
+    silent.meta["scores"] = [{"step": 1, "token": 8, "rule": "intra", "score": 0.1}]
+    assert misses(silent) == ["intra"]
+    circle = trace(1, "full", False, acted=True)
+    assert circle.labels is not None
+    circle.labels.intra, circle.labels.inter = IntraLabel(), InterLabel(is_stagnant=True, steps=(1, 3))
+    assert false_alarms(circle) == ["intra"] and misses(circle) == []
+    circle.events[0]["rule"] = "inter"
+    assert false_alarms(circle) == [] and misses(circle) == []
+    circle.labels.inter.steps = (2, 3)
+    assert false_alarms(circle) == ["inter"] and misses(circle) == ["inter"]
+    for right, stood, alarm in ((False, None, True), (False, 20, True), (False, 8, False), (True, None, False)):
+        closed = trace(1, "full", right, acted=True)
+        assert closed.labels is not None
+        closed.events[0]["rule"], closed.labels.answer_token = "instance", stood
+        assert false_alarms(closed) == (["instance"] if alarm else [])
+    closed.labels = None
+    assert false_alarms(closed) == [] and misses(closed) == []
+
+
+def test_flips_need_another_trace() -> None:
+    right, wrong = trace(1, "full", True), trace(1, "vanilla", False)
+    assert fits("to_right", right, wrong) and not fits("to_wrong", right, wrong)
+    assert fits("to_wrong", wrong, right) and not fits("to_right", wrong, right)
+    assert not any(fits(k, right, other) for k in ("to_right", "to_wrong") for other in (None, right))
+
+
+@pytest.mark.parametrize(
+    ("names", "pair"),
+    [
+        (["vanilla", "intra", "full", "x"], ("vanilla", "full")),
+        (["vanilla", "a", "b"], ("vanilla", "b")),
+        (["a", "b", "self_consistency"], ("a", "b")),
+        (["a"], ("a", "a")),
+        ([], ("", "")),
+    ],
+)
+def test_the_arms_shown_first(names: list[str], pair: tuple[str, str]) -> None:
+    assert main_pair(names) == pair
+
+
+def test_families_table_says_what_the_results_say(folder: Any) -> None:
+    from neureasoner.artifacts import read_json
+    from neureasoner.evaluation.report import families_table
+
+    results = read_json(folder / "results.json")
+    text = families_table(results)
+    for a in results["arms"]:
+        f = a["by_family"]["arithmetic"]
+        low, high = f["accuracy_ci"]
+        cell = f"{100 * f['accuracy']:.1f}%<small>[{100 * low:.1f}, {100 * high:.1f}] · {f['tokens_mean']:.0f} tokens"
+        assert cell in text
+
+
+def test_report_is_written_again_by_command(folder: Any, capsys: Any) -> None:
+    from neureasoner.cli import main
+
+    assert main(["evaluation", "report", str(folder), "--traces", "4"]) == 0
+    assert "report.html (" in capsys.readouterr().out
+    assert "4 of 80 traces are embedded" in (folder / "report.html").read_text(encoding="utf-8")
+    assert main(["evaluation", "report", "--run", ""]) == 2
+    assert main(["evaluation", "report", str(folder / "nothing")]) == 2
+    assert "results.json" in capsys.readouterr().err
 
 
 def test_embed_is_inert() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from neureasoner.errors import UserError
-from neureasoner.inference.plan import Plan, Rule, Trigger
+from neureasoner.inference.plan import Plan, Rule, Strength, Trigger
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "plans" / "neureasoner.yaml"
 
@@ -103,3 +103,147 @@ def test_names_are_unique():
 def test_a_missing_plan_file_is_named(tmp_path):
     with pytest.raises(UserError, match="no such plan file"):
         Plan.load(tmp_path)
+
+
+STEER = "trigger: {always: true}, direction: d, action: {add: true}"
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("trigger: {always: true, decode: true}, action: {force: t}", "got always and decode"),
+        ("trigger: {gate: 1.5}, action: {force: t}", "gate must be a folder or a probability between 0 and 1, got 1.5"),
+        ("trigger: {gate: true}, action: {force: t}", "gate must be str or float, got True"),
+        ("trigger: {always: true, threshold: 0.5}, action: {force: t}", "threshold belongs to a probe or gate"),
+        ("trigger: {probe: p, duration: 0}, direction: d, action: {add: true}", "duration must be at least 1"),
+        ("trigger: {always: true}, action: {}", "an action needs exactly one of force, add, .*; got none"),
+        ("trigger: {always: true}, action: {add: true, scale: true}", "got add and scale"),
+        ("trigger: {always: true}, action: {add: true}", "add needs a direction: name its folder"),
+        ("trigger: {always: true}, direction: d, action: {force: t}", "force takes no direction"),
+        ("trigger: {always: true}, direction: 3, action: {add: true}", "direction must be a folder, got 3"),
+        ("trigger: {always: true}, action: {set: 0.0}", "set needs a site, such as neuron"),
+        ("trigger: {always: true}, action: {set: yes}", "set must be float, got True"),
+        ("trigger: {always: true}, site: logits, direction: d, action: {add: true}", "'logits' cannot be written"),
+        ("trigger: {always: true}, site: logits:*, direction: d, action: {add: true}", "logits has no blocks"),
+        ("trigger: {always: true}, site: residual, direction: d, action: {add: true}", "needs a layer"),
+        ("trigger: {always: true}, site: [3], direction: d, action: {add: true}", "site must be a site such as"),
+        ("trigger: {always: true}, site: residual:1, action: {force: t}", "force takes no site"),
+        ("trigger: {always: true}, action: {add_logits: {}}", "add_logits needs tokens and their biases"),
+        ("trigger: {always: true}, action: {add_logits: [a]}", r"add_logits must be \{token: number\}, got \['a'\]"),
+        ("trigger: {always: true}, action: {add_logits: {a: 1}}, strength: {relative: true}", "takes no relative"),
+        ("trigger: {always: true}, action: {force: t, pieces: true}, strength: 2", "a forced text has no strength"),
+        (f"{STEER}, strength: two", "value must be float, got 'two'"),
+        (f"{STEER}, strength: {{vaule: 1}}", "unknown key 'vaule'; known: value, relative, schedule, per_row, unit"),
+        (f"{STEER}, strength: {{schedule: [[0, 1], [0, 2]]}}", "must rise from 0"),
+        (f"{STEER}, strength: {{schedule: 3}}", r"schedule must be \[\[token, factor\], ...\], got 3"),
+        (f"{STEER}, strength: {{unit: std}}", "unit must be one of raw, sigma, got 'std'"),
+        (f"{STEER}, strength: .inf", "a strength must be finite"),
+        ("trigger: {decode: true}, action: {force: t}", "decode belongs to tensor actions"),
+        ("trigger: {always: true, duration: 3}, action: {force: t}", "duration belongs to tensor actions"),
+        ("trigger: {start: true}, direction: d, action: {add: true}", "start belongs to forced texts"),
+        (
+            "trigger: {boundary: true, max: 3}, direction: d, action: {add: true}",
+            "max belongs to probe, random and oracle",
+        ),
+        ("trigger: {always: true, at_step: 3}, direction: d, action: {add: true}", "at_step belongs to probe, random"),
+    ],
+)
+def test_a_bad_rule_is_refused_by_name(tmp_path, rule, message):
+    (tmp_path / "plan.yaml").write_text(f"name: x\nrules: [{{name: odd, {rule}}}]")
+    with pytest.raises(UserError, match=message) as error:
+        Plan.load(tmp_path)
+    assert str(tmp_path / "plan.yaml") in str(error.value) and "rules[0]" in str(error.value)
+
+
+FORCE = "action: {force: x}"
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([f"trigger: {{probe: p, max: 0}}, {FORCE}"], "r0 can never fire: max is 0"),
+        ([f"trigger: {{random: 0}}, {FORCE}"], "r0 can never fire: random is a coin of probability 0"),
+        (["trigger: {gate: 0.0}, direction: d, action: {add: true}"], "gate is a coin of probability 0"),
+        (["trigger: {gate: g, threshold: 1}, direction: d, action: {add: true}"], "score is at most 1 and never above"),
+        ([f"trigger: {{probe: p, at_step: 3, min_steps: 4}}, {FORCE}"], "at_step is 3, before min_steps 4"),
+        (
+            [f"trigger: {{always: true}}, {FORCE}", f"trigger: {{probe: p, at_step: 4}}, {FORCE}"],
+            "r1 .* rule r0 always comes",
+        ),
+        ([f"trigger: {{start: true}}, {FORCE}", f"trigger: {{start: true}}, {FORCE}"], "r1 .* start is evaluated once"),
+        (
+            ["trigger: {start: true}, action: {force: 'ok</think>'}", f"trigger: {{probe: p}}, {FORCE}"],
+            "r1 can never fire: rule r0 closes the thinking before the first token",
+        ),
+    ],
+)
+def test_a_rule_that_can_never_fire_is_refused(tmp_path, rules, message):
+    rows = ", ".join(f"{{name: r{i}, {rule}}}" for i, rule in enumerate(rules))
+    (tmp_path / "plan.yaml").write_text(f"name: x\nrules: [{rows}]")
+    with pytest.raises(UserError, match=message):
+        Plan.load(tmp_path)
+
+
+def test_rules_that_may_fire_are_kept(tmp_path):
+    rows = [
+        f"trigger: {{always: true, min_steps: 5}}, {FORCE}",  # at_step 4 comes before it
+        f"trigger: {{probe: p, at_step: 4, min_steps: 4}}, {FORCE}",
+        f"trigger: {{random: 0.5, gate: g}}, {FORCE}",
+        "trigger: {gate: g, decode: true, threshold: 0.9}, direction: d, action: {add: true}, strength: 0",
+    ]
+    rows = [f"{{name: r{i}, {row}}}" for i, row in enumerate(rows)]
+    (tmp_path / "plan.yaml").write_text(f"name: x\nrules: [{', '.join(rows)}]")
+    assert len(Plan.load(tmp_path).rules) == 4
+
+
+def test_two_rules_at_one_site_need_a_policy(tmp_path):
+    def plan(a: str, b: str, policy: str = "") -> Plan:
+        rows = [f"{{name: r{i}, {STEER}, site: {site}}}" for i, site in enumerate((a, b))]
+        (tmp_path / "plan.yaml").write_text(f"name: x\n{policy}\nrules: [{', '.join(rows)}]")
+        return Plan.load(tmp_path)
+
+    text = "rules r0 and r1 both write residual:1, and the plan has no policy; set `conflicts: order`"
+    with pytest.raises(UserError, match=text):
+        plan("[residual:0, residual:1]", "residual:1")
+    with pytest.raises(UserError, match=r"both write neuron:1\[4,5\], and the plan says `conflicts: refuse`"):
+        plan("'neuron:1[4,5]'", "'neuron:1[5]'", "conflicts: refuse")
+    with pytest.raises(UserError, match="conflicts must be order or refuse, got 'first'"):
+        plan("residual:0", "residual:1", "conflicts: first")
+    assert plan("residual:1", "residual:1", "conflicts: order").conflicts == "order"
+    assert len(plan("'neuron:1[4,5]'", "'neuron:1[6]'").rules) == 2
+
+
+def test_every_key_survives_a_round_trip(tmp_path):
+    text = """
+name: whole
+conflicts: order
+rules:
+  - {name: a, trigger: {gate: gates/x, decode: true, threshold: 0.4}, direction: d, site: "residual:*",
+     action: {add: true}, strength: {value: 0.5, relative: true, schedule: [[0, 1.0], [50, 0.5]], per_row: true}}
+  - {name: b, trigger: {boundary: true}, direction: d, site: ["neuron:1[2,3]", "neuron:2[0]"], action: {scale: true},
+     strength: {unit: sigma}}
+  - {name: c, trigger: {probe: p, duration: 5, max: null, consecutive: 2}, site: "head:0[1]",
+     action: {set: 0.0}, strength: 0.5}
+  - {name: d, trigger: {start: true, gate: 0.25}, action: {force: "x", pieces: true}}
+  - {name: e, trigger: {oracle: o, immediate: true, min_steps: 2, cooldown: 0},
+     action: {add_logits: {Wait: -3, "<INTRA>": 1.5}}}
+  - {name: f, trigger: {always: true}, direction: d, action: {add_keep_norm: true}}
+"""
+    (tmp_path / "plan.yaml").write_text(text)
+    plan = Plan.load(tmp_path)
+    plan.save(tmp_path / "again.yaml")
+    assert Plan.load(tmp_path / "again.yaml") == plan
+    assert plan.rule("a").strength == Strength(0.5, True, ((0, 1.0), (50, 0.5)), True)
+    assert plan.rule("c").trigger.max is None and plan.rule("b").site == ("neuron:1[2,3]", "neuron:2[0]")
+    assert plan.rule("e").action.add_logits == {"Wait": -3, "<INTRA>": 1.5}
+    assert plan.direction_paths == ["d"] and plan.gate_paths == ["gates/x"] and plan.probe_paths == ["p"]
+    assert [r.source for r in plan.rules] == ["decode", "boundary", "probe", "start", "oracle", "always"]
+    coin = plan.replace_triggers({"a": {"gate": 0.3}, "c": {"random": 0.1}})
+    assert coin.rule("a").trigger == Trigger(gate=0.3, decode=True), "the threshold goes with the gate it belonged to"
+    assert coin.rule("c").trigger == Trigger(random=0.1, duration=5, max=None, consecutive=2)
+
+
+def test_a_schedule_is_lines_between_its_points():
+    strength = Strength(2.0, schedule=((10, 1.0), (20, 0.5), (40, 0.0)))
+    assert [strength.at(t) for t in (0, 10, 15, 20, 30, 40, 99)] == pytest.approx([2, 2, 1.5, 1, 0.5, 0, 0])
+    assert not strength.zero and Strength(0.0).zero and Strength(schedule=((0, 0.0), (9, 0.0))).zero

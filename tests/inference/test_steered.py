@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from neureasoner.artifacts import file_fingerprint
+from neureasoner.directions import Direction
 from neureasoner.errors import UserError
 from neureasoner.inference.assemble import assemble
 from neureasoner.inference.config import AssembleConfig, GenerateConfig
-from neureasoner.inference.generate import generate
+from neureasoner.inference.controls import no_op
+from neureasoner.inference.generate import describe, generate
 from neureasoner.inference.plan import Plan
 from neureasoner.inference.steered import NO_THINKING, SteeredModel, encode_prompt
 from neureasoner.models import fingerprint
+from neureasoner.probes.detectors.gate import FailureGate
 from neureasoner.probes.detectors.probe import Probe
 from neureasoner.probes.detectors.sequential import Sequential
 from neureasoner.probes.features import FeatureSet
@@ -230,3 +236,107 @@ def test_the_room_exports_lazily():
     code += "from neureasoner.inference import SteeredModel; print(SteeredModel.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "SteeredModel"
+
+
+@pytest.fixture
+def steering(make_model: Any, tokenizer: Any, tmp_path: Path) -> Path:
+    """A model, and a plan with its direction and gate beside it, in one folder each."""
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    mark = fingerprint(model)
+    values = {"neuron:1[3,5]": torch.tensor([40.0, -40.0]), "residual:0": torch.ones(32)}
+    Direction(values, "positive = towards right traces", "m", mark).save(tmp_path / "directions/adaras")
+    rng = np.random.default_rng(0)
+    gate = FailureGate(np.array([[0, 1], [1, 2]]), model="m", model_fingerprint=mark, hidden=4, epochs=1)
+    gate.fit([rng.normal(size=(4, 2)) for _ in range(6)], np.arange(6) % 2)
+    gate.threshold = -1.0  # every question is expected to fail
+    gate.save(tmp_path / "gates/adaras")
+    shutil.copy(SHIPPED.parent / "adaras.yaml", tmp_path / "plan.yaml")
+    return tmp_path
+
+
+def test_a_steered_checkpoint_carries_its_directions_and_gates(steering, tmp_path):
+    config = AssembleConfig(str(steering / "model"), out=str(tmp_path / "s"), plan=str(steering / "plan.yaml"))
+    summary = assemble(config)
+    assert summary["rules"] == ["adaras"] and summary["others"] == ["directions/adaras", "gates/adaras"]
+    card = json.loads((tmp_path / "s/neureasoner.json").read_text())
+    assert card["directions"]["directions/adaras"]["meaning"] == "positive = towards right traces"
+    files = [steering / "gates/adaras" / f for f in ("gate.json", "gate.safetensors")]
+    assert card["gates"]["gates/adaras"] == {"threshold": -1.0, "channels": 2, "files": file_fingerprint(files)}
+    shutil.rmtree(steering / "directions")
+    shutil.rmtree(steering / "gates")
+    steered = SteeredModel.from_pretrained(tmp_path / "s", device="cpu")
+    out = steered.generate(QUESTIONS, max_new_tokens=12, temperature=0.0)
+    assert [[e["rule"] for e in g.events] for g in out] == [["adaras"]] * 3
+    plain = steered.with_plan(Plan("none", folder=steered.plan.folder))
+    assert [g.response_ids for g in plain.generate(QUESTIONS, max_new_tokens=12, temperature=0.0)] != [
+        g.response_ids for g in out
+    ]
+    still = steered.with_plan(no_op(steered.plan)).generate(QUESTIONS, max_new_tokens=12, temperature=0.0)
+    assert [g.response_ids for g in still] == [
+        g.response_ids for g in plain.generate(QUESTIONS, max_new_tokens=12, temperature=0.0)
+    ]
+    moved = steered.with_plan(steered.plan, {"directions/adaras": -steered.directions["directions/adaras"]})
+    assert moved.directions["directions/adaras"].meaning.startswith("flipped") and moved.gates is not steered.gates
+
+
+def test_directions_and_gates_may_lie_elsewhere_and_changed_ones_are_another_checkpoint(steering, tmp_path):
+    shutil.move(steering / "directions/adaras", steering / "rcn")
+    shutil.move(steering / "gates", steering / "fitted")
+    config = {
+        "model": str(steering / "model"),
+        "plan": str(steering / "plan.yaml"),
+        "directions": str(steering / "rcn"),
+        "gates": str(steering / "fitted"),
+        "out": str(tmp_path / "s"),
+    }
+    assemble(AssembleConfig(**config))
+    assert (tmp_path / "s/directions/adaras/direction.json").is_file()
+    assert (tmp_path / "s/gates/adaras/gate.safetensors").is_file()
+    direction = Direction.load(steering / "rcn")
+    direction.scaled(2.0).save(steering / "rcn")
+    with pytest.raises(UserError, match="holds the output of other settings or inputs"):
+        assemble(AssembleConfig(**config))
+
+
+def test_what_a_plan_names_and_does_not_get_is_named(steering, make_model, tokenizer, tmp_path):
+    config = {"model": str(steering / "model"), "plan": str(steering / "plan.yaml"), "out": str(tmp_path / "s")}
+    text = (steering / "plan.yaml").read_text()
+    other = steering / "other.yaml"
+    other.write_text(text.replace("directions/adaras", "vectors/adaras"))
+    with pytest.raises(UserError, match="vectors/adaras must lie under directions/ in a checkpoint"):
+        assemble(AssembleConfig(**config | {"plan": str(other)}))
+    other.write_text(text.replace("gates/adaras", "gates/none"))
+    with pytest.raises(UserError, match=r"names gates/none, but it is not in .*gates/none; say where"):
+        assemble(AssembleConfig(**config | {"plan": str(other)}))
+    with pytest.raises(UserError, match=r"names gate gates/none: .*holds no gate.json"):
+        SteeredModel.from_pretrained(steering / "model", other, device="cpu")
+    with pytest.raises(UserError, match="names probe probes/instance; give the folder of `probes fit`"):
+        assemble(AssembleConfig(**config | {"plan": str(SHIPPED)}))
+    with pytest.raises(UserError, match="key 'out' is empty"):
+        AssembleConfig("m")
+    trained = make_model(seed=4)
+    with pytest.raises(UserError, match=r"was fitted on model 'm'"):
+        SteeredModel(trained, tokenizer, Plan.load(steering))
+    assert (
+        SteeredModel(trained, tokenizer, Plan.load(steering), accept=[fingerprint(make_model())]).plan.name == "adaras"
+    )
+    shutil.rmtree(steering / "gates")
+    other.write_text(text.replace("gate: gates/adaras, ", ""))
+    with pytest.raises(UserError, match="was made on model 'm'"):
+        SteeredModel(trained, tokenizer, Plan.load(other))
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_rule_that_waits_longer_than_the_response_may_be_is_refused(checkpoint):
+    steered = SteeredModel.from_pretrained(checkpoint, device="cpu")
+    plan = steered.plan.select(["intra"]).replace_triggers({"intra": {"min_steps": 30}})
+    with pytest.raises(UserError, match=r"rule intra can never fire: .* max_new_tokens \(30\)"):
+        steered.with_plan(plan).generate(QUESTIONS, max_new_tokens=30)
+
+
+def test_an_effect_is_told_in_words():
+    effect = {"step": 0, "token": 0, "rule": "adaras", "score": 0.8, "threshold": 0.5, "action": "add"}
+    effect |= {"suppressed": False, "row": 1, "strength": 0.3, "tokens": 40}
+    assert describe(effect) == "from the start: adaras, score 0.80 > 0.50, add of strength 0.3 on 40 tokens"

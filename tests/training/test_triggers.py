@@ -50,6 +50,29 @@ def test_keep_leaves_spare_rows_alone(make_model: Callable[..., Any], own_tokeni
     assert torch.equal(model.get_input_embeddings().weight, before)
 
 
+@pytest.mark.parametrize("spare", [5, 0])
+def test_rows_are_the_mean_of_a_description(make_model: Callable[..., Any], own_tokenizer: Any, spare: int) -> None:
+    model = make_model(vocab_size=len(own_tokenizer) + spare)
+    texts = {INTRA: "that is wrong", INTER: "Another route"}
+    matrices = (model.get_input_embeddings, model.get_output_embeddings)
+    wanted = {t: [m().weight[own_tokenizer(texts[t]).input_ids].detach().mean(0) for m in matrices] for t in texts}
+    ids = add_triggers(model, own_tokenizer, init="description", descriptions=texts)
+    for token, (place,) in ids.items():
+        for value, matrix in zip(wanted[token], matrices, strict=True):
+            torch.testing.assert_close(matrix().weight[place], value)
+    with pytest.raises(UserError, match="<NEW> has no description"):
+        add_triggers(model, own_tokenizer, ["<NEW>"], init="description", descriptions=texts)
+
+
+def test_tokens_the_matrix_lacks_get_rows_too(make_model: Callable[..., Any], own_tokenizer: Any) -> None:
+    known = len(own_tokenizer)
+    model = make_model(vocab_size=known - 3)
+    mean = model.get_input_embeddings().weight.detach().mean(0)
+    assert add_triggers(model, own_tokenizer, init="keep") == {INTRA: [known], INTER: [known + 1]}
+    for row in model.get_input_embeddings().weight[known - 3 :]:
+        torch.testing.assert_close(row, mean)
+
+
 def test_unknown_init_is_refused(make_model: Callable[..., Any], own_tokenizer: Any) -> None:
     with pytest.raises(UserError, match="mean"):
         add_triggers(make_model(), own_tokenizer, init="zero")

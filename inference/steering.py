@@ -1,0 +1,333 @@
+"""Tensor rules carried out: one hook for each place that is written, filled from outside it once a forward pass.
+
+A rule's **dose** says how much each row gets in the coming forward; the controller sets it between forwards, so a hook
+holds no loop over rows or neurons, only one indexed add (or its like) a rule. Doses that stay the same keep their
+deltas. Which tokens close a step is found on the device, from the ids as they enter the model.
+
+Legend: ``B`` rows, ``T`` tokens of this forward pass (the prompt's, then 1), ``C`` channels, ``R`` rules that write
+tensors or logits, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from neureasoner.directions import Direction
+from neureasoner.errors import UserError
+from neureasoner.inference.plan import Plan
+from neureasoner.inference.rows import RowState
+from neureasoner.inference.rules import DIRECTED, EVENTS, Rule
+from neureasoner.inference.writes import Write, writes_of, written_sites
+from neureasoner.sites import Layout, edit_site
+from neureasoner.steps import BLANK, CLOSED, Separators
+
+IDS = "ids"
+
+
+@dataclass
+class Dose:
+    """What one rule gives in one forward: ``amount [B]`` float32, ``on [B]`` bool. ``kept``: deltas made of it."""
+
+    amount: torch.Tensor
+    on: torch.Tensor
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+def apply_write(write: Write, value: torch.Tensor, dose: Dose, seen: torch.Tensor | None = None) -> torch.Tensor:
+    """``value [B, T, C]`` edited at every one of its positions; rows that are off come back bit by bit.
+
+    ``seen [B, T, H * hd]``: the input of ``o_proj``, for a write that reads heads.
+    """
+    kind, strength = write.rule.action.kind, write.rule.strength
+    if kind == "add" and not strength.relative:
+        delta = dose.kept.get(id(write))
+        if delta is None or delta.dtype != value.dtype:
+            delta = dose.amount.to(write.vector.device)[:, None] * write.vector.flatten()
+            # x + -0.0 is x for every x, which +0.0 is not
+            delta = torch.where(dose.on.to(delta.device)[:, None], delta, -0.0).to(value.dtype)[:, None]
+            dose.kept[id(write)] = delta
+        if write.index is None:
+            return value + delta
+        return value.index_add(-1, write.index, delta.expand(-1, value.shape[1], -1))
+    amount = dose.amount.to(value.device)[:, None, None, None]
+    on = dose.on.to(value.device)[:, None, None, None]
+    old = value if write.index is None else value.index_select(-1, write.index)
+    x = old.to(torch.promote_types(old.dtype, torch.float32))
+    x = x.unflatten(-1, tuple(write.vector.shape) if kind in DIRECTED else (1, -1))
+    if write.columns is not None and write.reader is not None and seen is not None:
+        component = (seen[..., write.columns].to(x.dtype) @ write.reader.to(x.dtype))[..., None, None]
+        new = x - amount * component * write.vector
+    elif kind == "scale":
+        new = x - amount * (x * write.vector).sum(-1, keepdim=True) * write.vector
+    elif kind == "set":
+        new = torch.lerp(x, write.vector.to(x.dtype), amount.to(x.dtype))
+    else:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        new = x + amount * (length if strength.relative else 1.0) * write.vector
+        if kind == "add_keep_norm":
+            new = new * (length / torch.linalg.vector_norm(new, dim=-1, keepdim=True).clamp_min(1e-12))
+    done = torch.where(on, new, x).flatten(-2).to(value.dtype)
+    return done if write.index is None else value.index_copy(-1, write.index, done)
+
+
+class Steering:
+    """A plan's tensor and logit rules made ready for one model. Holds no state of a generation.
+
+    ``directions``: by the name the plan uses. Rules of strength 0 are left out: they set no hook. Raises UserError for
+    a direction of another model, a site it lacks, two rules at one site without a policy, or a rule that cannot fire.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        plan: Plan,
+        directions: Mapping[str, Direction] | None = None,
+        accept: Sequence[str] = (),
+    ):
+        self.model, self.layout, self.separators = model, Layout.of(model), Separators.of(tokenizer)
+        self.rules = [r for r in plan.rules if not r.forces and not r.strength.zero]
+        self.writes: dict[str, list[Write]] = {}
+        self.biases: dict[str, torch.Tensor] = {}
+        given, written = dict(directions or {}), {}
+        checked: set[str] = set()
+        for rule in plan.rules:
+            where = f"plan {plan.name}, rule {rule.name}"
+            direction = given.get(rule.direction or "")
+            if rule.direction is not None and direction is None:
+                raise UserError(f"{where}: direction {rule.direction} was not loaded")
+            try:
+                if direction is not None and rule.direction not in checked:
+                    _check(direction, model, accept)
+                    checked.add(str(rule.direction))
+                written[rule.name] = written_sites(rule, direction, self.layout)
+                if rule in self.rules:
+                    self._compile(rule, direction, tokenizer)
+            except UserError as e:
+                raise UserError(f"{where}: {e}") from None
+        plan.check_conflicts({k: v for k, v in written.items() if v})
+
+    def _compile(self, rule: Rule, direction: Direction | None, tokenizer: Any) -> None:
+        if rule.source == "boundary" and CLOSED not in self.separators.table[1]:
+            raise UserError("it can never fire: no token of this tokenizer closes a step after text")
+        for write in writes_of(rule, direction, self.layout) if rule.edits else []:
+            self.writes.setdefault(str(write.place), []).append(write)
+        if not rule.edits:
+            bias = torch.zeros(self.vocabulary)
+            for token, value in rule.action.biases(tokenizer).items():
+                if token >= len(bias):
+                    raise UserError(f"token {token} is not in this model's vocabulary; it is another tokenizer's")
+                bias[token] = value
+            self.biases[rule.name] = bias.to(self.model.device)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the LM head."""
+        head: Any = self.layout.lm_head
+        return int(head.weight.shape[0])
+
+    @cached_property
+    def places(self) -> list[str]:
+        """Places with a hook: heads that are only looked at, and those written."""
+        looked = [str(w.read_place) for ws in self.writes.values() for w in ws if w.read_place is not None]
+        return list(dict.fromkeys([*looked, *self.writes]))
+
+    @property
+    def per_row(self) -> list[str]:
+        """Rules whose strengths have to be given at generation, row by row."""
+        return [r.name for r in self.rules if r.strength.per_row]
+
+    def check_strengths(self, strengths: Mapping[str, Sequence[float]] | None, rows: int) -> None:
+        """Raises UserError unless ``strengths`` holds one finite number a row for exactly the rules that want them."""
+        given = dict(strengths or {})
+        for name in self.per_row:
+            if name not in given:
+                raise UserError(f"rule {name} takes its strength row by row; give strengths={{'{name}': [...]}}")
+        for name, values in given.items():
+            if name not in self.per_row:
+                raise UserError(
+                    f"strengths name rule {name!r}, which takes none; those that do: {self.per_row or 'none'}"
+                )
+            if len(values) != rows or not np.isfinite(np.asarray(values, dtype=np.float64)).all():
+                raise UserError(f"rule {name}: {rows} finite strengths are needed, one a row, got {list(values)[:4]}")
+
+
+def _check(direction: Direction, model: Any, accept: Sequence[str]) -> None:
+    """Sizes always; the weights unless the direction comes from a model that is accepted (hashing takes a while)."""
+    if direction.fingerprint and direction.fingerprint in accept:
+        direction = Direction(direction.values, direction.meaning, direction.model)
+    direction.check(model)
+
+
+class SteeringRun:
+    """The state of one generation: doses, what acts in which row, and what was done. Rows have asked their gates.
+
+    ``acting [R, B]``: forwards an effect still lasts (rules that are not evaluated: 1 for ever). A forward acts on the
+    position it reads last; ``always`` on all it reads.
+    """
+
+    def __init__(
+        self,
+        steering: Steering,
+        rows: Sequence[RowState],
+        strengths: Mapping[str, Sequence[float]] | None = None,
+    ):
+        self.steering, self.rules, self.rows = steering, steering.rules, rows
+        size, given = len(rows), strengths or {}
+        self.factors = [np.asarray(given.get(r.name, np.ones(size)), dtype=np.float64) for r in self.rules]
+        static = [(r, r.source not in EVENTS) for r in self.rules]
+        self.acting = [np.array([int(on and not row.barred(r)) for row in rows]) for r, on in static]
+        self.count = np.zeros((len(self.rules), size), dtype=np.int64)
+        self.calls: Counter[str] = Counter()
+        self.prefill = True
+        self._events: dict[tuple[int, int], dict[str, Any]] = {}
+        self._amounts: dict[int, np.ndarray] = {}
+        self._whole: dict[int, Dose] = {}
+        self._doses: dict[str, Dose] = {}
+        self._seen: dict[str, torch.Tensor] = {}
+        self._device = steering.model.device
+        self._boundary = [r for r, rule in enumerate(self.rules) if rule.source == "boundary" and rule.edits]
+        if self._boundary:
+            self._table = _next_states(steering.separators, steering.vocabulary).to(self._device)
+            ends = [i for i in (steering.separators.think_close, steering.separators.eos) if i is not None]
+            self._ends = torch.tensor(ends, device=self._device)
+            self._state = torch.full((size,), BLANK, device=self._device)
+            self._thinking = torch.tensor([row.thinking for row in rows], device=self._device)
+        self.plan(0, edits=True)
+
+    def begin(self, rule: Rule, row: int, event: dict[str, Any]) -> None:
+        """An evaluated rule fired in a row: its effect starts with the next token."""
+        r = self.rules.index(rule)
+        self.acting[r][row] = rule.trigger.duration or np.iinfo(np.int64).max
+        self.count[r, row] = 0
+        self._events[r, row] = event
+        self.rows[row].start_effect(rule)
+
+    def plan(self, token: int, edits: bool) -> None:
+        """Set the doses of the coming forward (without ``edits``: of the coming choice) of response token ``token``.
+
+        The forward that reads the prompt is that of token 0: the choice of token 0 rests on it.
+        """
+        for r, rule in enumerate(self.rules):
+            if rule.edits != edits:
+                continue
+            amount = rule.strength.at(token) * self.factors[r] * (self.acting[r] > 0)
+            if r not in self._amounts or not np.array_equal(self._amounts[r], amount):
+                held = torch.from_numpy(amount).float().to(self._device)
+                self._amounts[r], self._whole[r] = amount, Dose(held, held != 0)
+        if edits:
+            # a boundary rule waits until it is known which tokens the forward reads
+            self._doses = {
+                self.rules[r].name: dose
+                for r, dose in self._whole.items()
+                if self._amounts[r].any() and r not in self._boundary
+            }
+
+    def tick(self, edits: bool, alive: np.ndarray, closed: np.ndarray) -> None:
+        """After a forward (without ``edits``: a choice): count and log what acted. ``alive``, ``closed`` ``[B]``."""
+        for r, rule in enumerate(self.rules):
+            if rule.edits != edits:
+                continue
+            acted = (self._amounts[r] != 0) & alive & (closed | (rule.source != "boundary"))
+            self.count[r] += acted
+            if rule.source not in EVENTS:
+                for row in np.flatnonzero(acted & (self.count[r] == 1)).tolist():
+                    score, threshold = self.rows[row].asked.get(rule.name, (1.0, 0.0))
+                    strength = self.strength(rule, row)
+                    self._events[r, row] = self.rows[row].log(rule, score, threshold, False, strength)
+                continue
+            lasting = self.acting[r] > 0
+            self.acting[r] = self.acting[r] - lasting
+            for row in np.flatnonzero(lasting & (self.acting[r] == 0)).tolist():
+                self._events.pop((r, row))["tokens"] = int(self.count[r, row])
+                self.rows[row].rest(rule)
+
+    def strength(self, rule: Rule, row: int) -> float:
+        """Strength of a rule in a row at the token about to be read or chosen."""
+        r = self.rules.index(rule)
+        return rule.strength.at(len(self.rows[row].tokens)) * float(self.factors[r][row])
+
+    def finish(self) -> None:
+        """Write how many tokens each effect that still lasts has acted on."""
+        for (r, row), event in self._events.items():
+            event["tokens"] = int(self.count[r, row])
+
+    def read_ids(self, ids: torch.Tensor) -> None:
+        """Before a forward: which rows read a token that closes a step. ids ``[B, T]``."""
+        self.calls[IDS] += 1
+        if self.prefill:
+            return
+        token = ids[:, -1]
+        after = torch.where(self._thinking, self._table[self._state, token], self._state)
+        self._thinking = self._thinking & ~torch.isin(token, self._ends)
+        closing = self._thinking & (after == CLOSED)
+        self._state = torch.where(after == CLOSED, BLANK, after)
+        for r in self._boundary:
+            self._doses[self.rules[r].name] = Dose(self._whole[r].amount, self._whole[r].on & closing)
+
+    def edit(self, place: str, value: torch.Tensor) -> torch.Tensor:
+        """The hook: every rule that writes here, in the plan's order. value ``[B, T, C]``."""
+        self.calls[place] += 1
+        for write in self.steering.writes.get(place, ()):
+            dose = self._doses.get(write.rule.name)
+            if dose is None:
+                continue
+            seen = None if write.read_place is None else self._seen[str(write.read_place)]
+            if value.shape[1] == 1 or write.rule.source == "always":
+                value = apply_write(write, value, dose, seen)
+            else:
+                last = apply_write(write, value[:, -1:], dose, None if seen is None else seen[:, -1:])
+                value = torch.cat([value[:, :-1], last], dim=1)
+        self._seen[place] = value
+        return value
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Install the hooks for one generation; what acted is written into the events at its end."""
+        model = self.steering.model
+        with ExitStack() as stack:
+            stack.callback(self.finish)
+            for place in self.steering.places:
+                stack.enter_context(edit_site(model, place, partial(self.edit, place)))
+            if self._boundary:
+                embeddings = model.get_input_embeddings()
+                stack.callback(embeddings.register_forward_pre_hook(lambda _, args: self.read_ids(args[0])).remove)
+            yield
+
+    def verify(self, token: int) -> None:
+        """Promise 4, for writing: every hook fired once in the forward just done. Raises RuntimeError."""
+        for place in [*self.steering.places, *([IDS] if self._boundary else [])]:
+            n = self.calls[place]
+            if n != 1 and (token or n == 0):  # a long prompt may be read in pieces
+                raise RuntimeError(
+                    f"site {place}: its writing hook fired {n} times for response token {token - 1} instead of once "
+                    "(was a hook removed, or the model compiled?)"
+                )
+        self.calls.clear()
+
+    def bias(self, scores: torch.Tensor, closed: np.ndarray) -> torch.Tensor:
+        """Scores ``[B, V]`` with the logit rules' biases; the same tensor if none acts. ``closed``: rows at a bound."""
+        for r, rule in enumerate(self.rules):
+            if rule.edits or not self._amounts[r].any():
+                continue
+            dose, bias = self._whole[r], self.steering.biases[rule.name]
+            on = dose.on & torch.from_numpy(closed).to(self._device) if rule.source == "boundary" else dose.on
+            delta = torch.where(on[:, None], dose.amount[:, None] * bias, -0.0)
+            scores = scores + delta.to(scores.dtype)
+        return scores
+
+
+def _next_states(separators: Separators, size: int) -> torch.Tensor:
+    """The segmenter's table as a tensor ``[3, V]``; ids without text leave the state as it is."""
+    table = torch.arange(3)[:, None].repeat(1, max(size, separators.size))
+    for state, row in enumerate(separators.table):
+        table[state, : separators.size] = torch.from_numpy(np.frombuffer(row, dtype=np.uint8).astype(np.int64))
+    return table

@@ -1,0 +1,131 @@
+"""Where a tensor rule writes and with which vector: a rule and its Direction, resolved for one model.
+
+Legend: ``D`` hidden size, ``hd`` head size, ``n`` channels a write touches, in ``g`` groups of width ``w`` (one a head,
+else one).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from neureasoner.directions import Direction
+from neureasoner.errors import UserError
+from neureasoner.inference.rules import Rule, wild_kind
+from neureasoner.sites import INDEXED, Layout, Site
+
+DENSE = ("residual", "attn_out", "mlp_out")
+
+
+@dataclass(frozen=True)
+class Write:
+    """One rule's edit at one place.
+
+    place    whose full value is edited (no indices)
+    index    channels of it ``[n]``, None for all
+    vector   ``[g, w]`` float32, ``g * w = n``; of norm 1 in each group for ``scale``; the value ``[1, 1]`` for ``set``
+    columns  where heads are held against a direction of hidden size: the channels of ``o_proj``'s input ``[n]`` they
+             are read from, ``reader [n]`` giving the component of what they write
+    """
+
+    rule: Rule
+    place: Site
+    index: torch.Tensor | None
+    vector: torch.Tensor
+    columns: torch.Tensor | None = None
+    reader: torch.Tensor | None = None
+
+    @property
+    def read_place(self) -> Site | None:
+        """The place whose value has to be seen besides, if any."""
+        return None if self.columns is None else Site("head", self.place.layer)
+
+
+def written_sites(rule: Rule, direction: Direction | None, layout: Layout) -> list[Site]:
+    """The sites a rule writes in this model. Raises UserError naming a site that is not in it."""
+    if not rule.edits:
+        return []
+    names = list(rule.site) or (direction.sites if direction is not None else [])
+    out: list[Site] = []
+    for name in names:
+        kind = wild_kind(name)
+        out += [Site.parse(name)] if kind is None else _every(kind, direction, layout)
+    return list(dict.fromkeys(layout.check(s) for s in out))
+
+
+def _every(kind: str, direction: Direction | None, layout: Layout) -> list[Site]:
+    """The sites ``kind:*`` stands for: the direction's of this kind, else one in each block it has a vector for."""
+    if direction is None:
+        return [Site(kind, block) for block in range(layout.n_layers)]
+    own = [Site.parse(s) for s in direction.sites]
+    same = [s for s in own if s.kind == kind]
+    blocks = sorted({s.layer for s in own if s.kind in DENSE and s.layer is not None})
+    found = same or ([Site(kind, block) for block in blocks] if kind not in INDEXED else [])
+    if not found:
+        raise UserError(f"site '{kind}:*' fits nothing of the direction, which has {', '.join(direction.sites)}")
+    return found
+
+
+def _vector(rule: Rule, direction: Direction, site: Site) -> torch.Tensor:
+    """The direction's values for a site (``[D]``, ``[n]``, ``[n, hd]``): its own, or those ``[D]`` of its block."""
+    value = direction.values.get(str(site))
+    if value is None and (site.kind in DENSE or (site.kind == "head" and rule.action.scale)):
+        near = [v for s, v in direction.values.items() if (p := Site.parse(s)).kind in DENSE and p.layer == site.layer]
+        value = near[0] if len(near) == 1 else None
+    if value is None:
+        raise UserError(f"site '{site}': the direction has no values for it, only for {', '.join(direction.sites)}")
+    if rule.strength.unit == "sigma":
+        std = direction.info.get("std", {}).get(str(site))
+        if site.kind != "neuron" or std is None or len(std) != len(value):
+            raise UserError(
+                f"site '{site}': unit sigma needs each neuron's standard deviation, which the direction lacks here "
+                "(info 'std'); use unit raw or make the direction again"
+            )
+        value = value * torch.tensor(std, dtype=torch.float32)
+    return value
+
+
+def _channels(site: Site, layout: Layout, device: torch.device) -> torch.Tensor | None:
+    """Channels of the full value that a site names ``[n]``; None for all."""
+    if site.indices is None:
+        return None
+    at = torch.tensor(site.indices, device=device)
+    return at if site.kind == "neuron" else _of_heads(at, layout)
+
+
+def _of_heads(heads: torch.Tensor, layout: Layout) -> torch.Tensor:
+    return (heads[:, None] * layout.head_dim + torch.arange(layout.head_dim, device=heads.device)).flatten()
+
+
+def writes_of(rule: Rule, direction: Direction | None, layout: Layout) -> list[Write]:
+    """What a rule writes, place by place. Raises UserError for what this model or direction does not have."""
+    return [_write(rule, direction, layout, site) for site in written_sites(rule, direction, layout)]
+
+
+def _write(rule: Rule, direction: Direction | None, layout: Layout, site: Site) -> Write:
+    place = Site(site.kind, site.layer)
+    device = next(layout.module(place)[0].parameters()).device
+    index = _channels(site, layout, device)
+    if rule.action.kind == "set":
+        return Write(rule, place, index, torch.full((1, 1), float(rule.action.set or 0.0), device=device))
+    assert direction is not None
+    vector = _vector(rule, direction, site).to(device)
+    if rule.action.kind == "scale":
+        length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
+        if not bool((length > 0).all()):
+            raise UserError(f"site '{site}': scale needs a direction of some length, it is 0 here")
+        vector = vector / length
+    if site.kind == "head" and vector.ndim == 1:
+        return _head_projection(rule, layout, site, vector)
+    return Write(rule, place, index, vector if vector.ndim == 2 else vector[None])
+
+
+def _head_projection(rule: Rule, layout: Layout, site: Site, vector: torch.Tensor) -> Write:
+    """Scale the component along ``vector [D]`` of what heads write (ThinkEdit, related.md B1): an edit of attn_out."""
+    project: Any = layout.module(Site("head", site.layer))[0]
+    heads = range(layout.n_heads) if site.indices is None else site.indices
+    columns = _of_heads(torch.tensor(list(heads), device=vector.device), layout)
+    reader = project.weight.detach()[:, columns].float().T @ vector
+    return Write(rule, Site("attn_out", site.layer), None, vector[None], columns, reader)

@@ -1,0 +1,267 @@
+"""The sandbox against programs that attack it, and against programs that are right.
+
+Each file in ``hostile/`` attempts one thing; it prints ESCAPED if it gets through. Its first line says how it may end.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from neureasoner.errors import UserError
+from neureasoner.evaluation.benchmarks.code import judge
+from neureasoner.evaluation.benchmarks.suites import Suite
+from neureasoner.evaluation.sandbox import Limits, Run, Sandbox, Unsafe, sandbox
+
+HERE = Path(__file__).parent
+HOSTILE = sorted((HERE / "hostile").glob("*.txt"))
+CORRECT = sorted((HERE / "correct").glob("*.txt"))
+SMALL = Limits(
+    cpu_seconds=1.0,
+    wall_seconds=3.0,
+    memory=256 << 20,
+    output=1 << 20,
+    file_size=2 << 20,
+    disk=8 << 20,
+    inodes=128,
+    open_files=32,
+    processes=12,
+)
+PATIENT = Limits(cpu_seconds=10.0, wall_seconds=60.0, memory=512 << 20)
+PLUS_ONE = Suite((("41", "42"),))
+CALL = Suite((("41", "42"),), function="f")
+
+
+@pytest.fixture(scope="module")
+def box() -> Sandbox:
+    try:
+        return Sandbox()
+    except Unsafe as e:
+        pytest.skip(str(e))
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """What the programs must not reach: a file anybody may write, a listening port, a secret in the environment."""
+    canary = tmp_path_factory.mktemp("outside") / "canary"
+    canary.write_text("alive")
+    canary.chmod(0o666)
+    for folder in canary.parents:
+        if folder.owner() == canary.owner() and str(folder).startswith(str(tmp_path_factory.getbasetemp().parent)):
+            folder.chmod(folder.stat().st_mode | 0o111)
+    os.environ["MY_SECRET_KEY"] = "canary-in-the-environment"
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.setblocking(False)
+        yield SimpleNamespace(canary=canary, port=listener.getsockname()[1], listener=listener)
+    del os.environ["MY_SECRET_KEY"]
+
+
+def processes_inside() -> list[int]:
+    """Processes of sandboxes that are still there: programs and launchers."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        if any("driver.py" in part or "sandbox/launcher.py" in part for part in process.info["cmdline"] or []):
+            found.append(process.info["pid"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def attacks(box: Sandbox, outside: SimpleNamespace) -> dict[str, Future[tuple[Any, Run, float]]]:
+    """All hostile programs, several at a time."""
+
+    def attack(path: Path) -> tuple[Any, Run, float]:
+        source = path.read_text()
+        for name, value in (("CANARY", outside.canary), ("PORT", outside.port), ("HOST", os.getpid())):
+            source = re.sub(rf"\b{name}\b", str(value), source)
+        call, begin, runs = "# mode: call" in source, time.monotonic(), []
+
+        class Watched:
+            containment = box.containment
+
+            def run(self, *args: Any) -> Run:
+                runs.append(box.run(*args))
+                return runs[-1]
+
+            def call(self, *args: Any) -> Run:
+                runs.append(box.call(*args))
+                return runs[-1]
+
+        graded = judge(source, CALL if call else PLUS_ONE, Watched(), SMALL)  # type: ignore[arg-type]
+        return graded, runs[-1], time.monotonic() - begin
+
+    with ThreadPoolExecutor(6) as pool:
+        return {path.stem: pool.submit(attack, path) for path in HOSTILE}
+
+
+@pytest.mark.parametrize("name", [p.stem for p in HOSTILE])
+def test_a_hostile_program_is_contained_and_wrong(name: str, attacks: dict[str, Any], outside: SimpleNamespace) -> None:
+    graded, run, seconds = attacks[name].result()
+    assert graded.state != "passed"
+    assert b"ESCAPED" not in run.stdout + run.stderr + (run.value or b"")
+    assert b"canary-in-the-environment" not in run.stdout + run.stderr
+    first = (HERE / "hostile" / f"{name}.txt").read_text().splitlines()[0]
+    assert run.status in first.removeprefix("# ends:").split(), (run.status, run.code, run.stderr[-500:])
+    assert run.level == "namespaces"
+    assert seconds < SMALL.wall_seconds + 20
+    assert len(run.stdout) <= SMALL.output + 1
+    assert len(run.stderr) <= SMALL.output + 1
+    assert outside.canary.read_text() == "alive"
+    assert not outside.canary.with_name("canary-pickled").exists()
+
+
+def test_nothing_is_left_and_nobody_called(attacks: dict[str, Any], outside: SimpleNamespace) -> None:
+    assert len(HOSTILE) >= 30
+    for attack in attacks.values():
+        attack.result()
+    deadline = time.monotonic() + 5
+    while processes_inside() and time.monotonic() < deadline:  # the kernel clears a namespace up in its own time
+        time.sleep(0.05)
+    assert processes_inside() == []
+    with pytest.raises(BlockingIOError):
+        outside.listener.accept()
+    assert not list(outside.canary.parent.glob("canary?*"))
+
+
+@pytest.mark.parametrize("path", CORRECT, ids=lambda p: p.stem)
+def test_a_correct_program_is_right(path: Path, box: Sandbox) -> None:
+    graded = judge(path.read_text(), PLUS_ONE, box, PATIENT)
+    assert (graded.state, graded.level) == ("passed", "namespaces")
+
+
+def test_large_input_and_output_come_through_whole(box: Sandbox) -> None:
+    numbers = "\n".join(map(str, range(400_000)))
+    run = box.run("import sys\nsys.stdout.write(sys.stdin.read())", numbers, PATIENT)
+    assert run.status == "finished" and run.stdout.decode() == numbers
+
+
+def test_an_output_at_the_cap_is_whole_and_one_byte_more_is_not(box: Sandbox) -> None:
+    assert box.run(f"print('x' * {SMALL.output - 1})", limits=SMALL).status == "finished"
+    assert box.run(f"print('x' * {SMALL.output})", limits=SMALL).status == "output"
+
+
+def test_a_run_says_how_it_ended(box: Sandbox) -> None:
+    run = box.run("import time\nx = bytearray(50 << 20)\ntime.sleep(0.3)\nraise SystemExit(7)", limits=PATIENT)
+    assert (run.status, run.code, run.level) == ("crashed", 7, "namespaces")
+    assert 0.3 <= run.seconds < 20 and 0 < run.cpu_seconds < 5
+    assert 50 << 20 <= run.memory < 200 << 20
+    died = box.run("import os; os.kill(os.getpid(), 11)")
+    assert (died.status, died.code) == ("crashed", -11)
+    assert b"ZeroDivisionError" in box.run("1 / 0").stderr
+
+
+def test_a_call_hands_out_json(box: Sandbox) -> None:
+    run = box.call(
+        "class Solution:\n    def f(self, a, b):\n        print('noise')\n        return (a, {'b': b})", "f", [1, [2]]
+    )
+    assert (run.status, run.value, run.stdout) == ("finished", b'[1, {"b": [2]}]', b"")  # stdout is not flushed: unread
+    assert box.call("def f():\n    return {1, 2}", "f", []).status == "crashed"
+
+
+def test_processor_time_counts_and_waiting_does_not(box: Sandbox) -> None:
+    limits = Limits(cpu_seconds=1.0, wall_seconds=30.0)
+    assert box.run("import time; time.sleep(2); print(1)", limits=limits).status == "finished"
+    burned = box.run("while True: pass", limits=limits)
+    assert burned.status == "timeout" and burned.seconds < 29
+
+
+def test_program_text_of_any_kind(box: Sandbox) -> None:
+    assert box.run("print('\udcff')", limits=PATIENT).status == "crashed"  # a lone surrogate
+    assert box.run("x = 1\x00", limits=PATIENT).status == "crashed"
+    assert box.run("", limits=PATIENT).status == "finished"
+    assert box.run("print(ascii(input()))", "\u2028é", PATIENT).stdout == b"'\\u2028\\xe9'\n"
+
+
+def test_nothing_outlives_the_process_that_asked(box: Sandbox, tmp_path: Path) -> None:
+    """Our own process is killed in the middle of a run: the program dies with it."""
+    script = tmp_path / "asks.py"
+    script.write_text(
+        "from neureasoner.evaluation.sandbox import Sandbox, Limits\n"
+        "box = Sandbox()\nprint('ready', flush=True)\n"
+        "box.run('import time; time.sleep(600)', limits=Limits(wall_seconds=600))"
+    )
+    before = set(processes_inside())
+    asker = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE)
+    assert asker.stdout and asker.stdout.readline() == b"ready\n"
+    deadline = time.monotonic() + 20
+    while len(set(processes_inside()) - before) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert set(processes_inside()) - before
+    asker.kill()
+    asker.wait()
+    asker.stdout.close()
+    deadline = time.monotonic() + 10
+    while set(processes_inside()) - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not set(processes_inside()) - before
+
+
+def test_the_containment_is_named_with_what_was_seen_to_hold(box: Sandbox) -> None:
+    found = box.containment
+    assert found.level == "namespaces"
+    assert set(sandbox.NEEDED["namespaces"]) <= set(found.held)
+    assert str(found).startswith(f"namespaces; {found.user}; held: network, ")
+
+
+def test_without_namespaces_it_refuses_and_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_known", {})
+    monkeypatch.setattr(sandbox, "probe", lambda python, level: Unsafe("namespaces (unshare): not permitted"))
+    with pytest.raises(Unsafe) as caught:
+        Sandbox()
+    for word in ("not permitted", "user namespaces", "docker run", "NEUREASONER_SANDBOX=limits"):
+        assert word in str(caught.value)
+    assert isinstance(caught.value, UserError)
+
+
+def test_a_check_that_gets_through_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe believes what the check program saw, not what was asked for: here nothing contains it but limits."""
+    real = sandbox.execute
+    monkeypatch.setattr(sandbox, "execute", lambda python, level, *rest: real("/usr/bin/python3", "limits", *rest))
+    found = sandbox.probe("/usr/bin/python3", "namespaces")
+    assert isinstance(found, Unsafe)
+    assert "got through: network" in str(found)
+
+
+def test_the_weaker_level_has_to_be_accepted_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    python = "/usr/bin/python3"
+    if not os.access(python, os.X_OK):
+        pytest.skip("needs an interpreter that another user can run")
+    real = sandbox.probe
+    monkeypatch.setattr(sandbox, "_known", {})
+    monkeypatch.setattr(sandbox, "probe", lambda p, level: Unsafe("none") if level == "namespaces" else real(p, level))
+    with pytest.raises(Unsafe):
+        Sandbox(python=python)
+    weak = Sandbox("limits", python=python)
+    assert weak.containment.level == "limits"
+    assert judge("print(int(input()) + 1)", PLUS_ONE, weak, PATIENT).level == "limits"
+    assert weak.run("while True: pass", limits=SMALL).status == "timeout"
+    assert weak.run("x = bytearray(1 << 30)", limits=SMALL).status == "memory"
+    assert weak.run("while True: print('x' * 10000)", limits=SMALL).status == "output"
+    begin = time.monotonic()
+    left = (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.fork()\n    time.sleep(600)\nprint(1, flush=True)"
+    )
+    assert weak.run(left, limits=SMALL).status == "finished"
+    assert time.monotonic() - begin < 10  # it held stdout open, and was found and killed
+
+
+def test_bad_settings_are_named() -> None:
+    with pytest.raises(UserError, match="unknown containment 'chroot'; known: namespaces, limits"):
+        Sandbox("chroot")
+    with pytest.raises(UserError, match="/nowhere/python: not a Python interpreter"):
+        Sandbox(python="/nowhere/python")
+    with pytest.raises(UserError, match="limit 'memory' must be above 0"):
+        Limits(memory=0)

@@ -1,0 +1,106 @@
+"""Put a LoRA adapter and its trigger rows into the base's weights: a plain checkpoint that needs no PEFT.
+
+Both models answer a text that holds the triggers before anything is written; they must agree in the trigger's logits.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from neureasoner.artifacts import read_json
+from neureasoner.errors import UserError
+from neureasoner.training.tools_config import MergeConfig
+
+TOLERANCE = 1e-3  # of the trigger logits, float32, relative to the largest of them where that is above 1
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def merge(config: MergeConfig) -> dict[str, Any]:
+    """Merge ``config.adapter`` into its base. Returns the summary of ``stage.json``.
+
+    ``{"base", "dtype", "triggers": {text: ids}, "logit_difference", "trigger_difference"}``, the differences being the
+    largest between adapter and merged model, in float32, over all logits and over those of the triggers. Raises
+    UserError for a folder without an adapter, a base of another shape, and a merge that changes the logits.
+    """
+    import torch
+
+    from neureasoner.model_files import model_files
+    from neureasoner.stages import STARTED, StageFolder
+    from neureasoner.training.checkpoints import put_whole
+
+    folder = Path(config.adapter)
+    for name in ADAPTER:
+        if not (folder / name).is_file():
+            hint = "; it is a plain model, nothing is to be merged" if (folder / "config.json").is_file() else ""
+            raise UserError(f"{folder}: holds no {name}, so it is no adapter of 'training sft' with lora{hint}")
+    base_name = config.model or str(read_json(folder / ADAPTER[0]).get("base_model_name_or_path") or "")
+    if not base_name:
+        raise UserError(f"{folder}: the adapter does not name its base; give it with --model")
+    inputs = [folder / name for name in ADAPTER] + model_files(base_name)
+    stage = StageFolder(config.out, "training merge", config, inputs)
+    if stage.done:
+        print(f"training merge: {config.out} is done; nothing to do")
+        return stage.summary
+    try:
+        model, tokenizer, summary = merged(folder, base_name)
+    except UserError:
+        (stage.path / STARTED).unlink(missing_ok=True)  # nothing was made: another base may use the folder
+        raise
+    dtype = config.dtype or stored_dtype(base_name)
+    temporary = stage.path / ".model.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.to(dtype=getattr(torch, dtype)).save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    put_whole(temporary, stage.path)
+    summary = stage.finish({"base": base_name, "dtype": dtype, **summary})
+    print(f"training merge: trigger logits differ by {summary['trigger_difference']:.1e}; model in {config.out}")
+    return summary
+
+
+def merged(folder: Path, base_name: str) -> tuple[Any, Any, dict[str, Any]]:
+    """``(plain model in float32, tokenizer, {"triggers", "logit_difference", "trigger_difference"})``."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    from neureasoner.models import load
+    from neureasoner.training.triggers import grow
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    base, _ = load(base_name, device="cpu", dtype="float32")
+    grow(base, tokenizer)
+    try:
+        adapted = PeftModel.from_pretrained(base, str(folder)).eval()
+    except (RuntimeError, KeyError, ValueError) as e:
+        reason = str(e).strip().splitlines()[-1].strip()
+        raise UserError(
+            f"{folder}: does not fit the base '{base_name}' ({reason}); name its base with --model"
+        ) from None
+    rows = read_json(folder / ADAPTER[0]).get("trainable_token_indices") or {}
+    ids = sorted({i for part in (rows.values() if isinstance(rows, dict) else [rows]) for i in part})
+    start = tokenizer("So the answer is", add_special_tokens=False).input_ids
+    probe = torch.tensor([[*start, *(x for i in ids for x in (i, *start))]])
+    with torch.no_grad():
+        before = adapted(input_ids=probe).logits
+        model = adapted.merge_and_unload()
+        after = model(input_ids=probe).logits
+    difference = (before - after).abs()
+    triggers = difference[..., ids] if ids else difference
+    allowed = TOLERANCE * max(1.0, float((before[..., ids] if ids else before).abs().max()))
+    if not float(triggers.max()) <= allowed:
+        raise UserError(f"{folder}: merging changes the trigger logits by {float(triggers.max()):.2g}; not written")
+    named = {tokenizer.convert_ids_to_tokens(i): [i] for i in ids}
+    found = {"logit_difference": float(difference.max()), "trigger_difference": float(triggers.max())}
+    return model, tokenizer, {"triggers": named, **found}
+
+
+def stored_dtype(base_name: str) -> str:
+    """The name of the dtype a model is stored in; float32 where its config says nothing."""
+    from transformers import AutoConfig
+
+    from neureasoner.model_files import resolve
+
+    dtype = AutoConfig.from_pretrained(resolve(base_name), trust_remote_code=False).dtype
+    return str(dtype or "float32").removeprefix("torch.")
