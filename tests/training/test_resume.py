@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -172,7 +173,11 @@ def test_killed_at_random_moments_under_two_processes(model_folder: Path, train_
             time.sleep(0.02)
         time.sleep(rng.uniform(0, 0.4))
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            workers = psutil.Process(process.pid).children(recursive=True)  # each in a session of its own
+            for worker in workers:
+                worker.kill()
+            process.kill()
+            psutil.wait_procs(workers, timeout=10)
             kills += 1
         process.wait()
         assert all(is_whole(p) for p in folder.glob("checkpoint-*"))
