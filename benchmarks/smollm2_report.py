@@ -249,5 +249,5 @@ python benchmarks/smollm2_probes.py fit --work WORK --seed {seed} --bootstrap {b
 python benchmarks/smollm2_probes.py report --work WORK --out docs/results/smollm2_probes.md
 ```
 
-The first three recordings ran side by side on two cores that others used too, float32, seed 0. Fitting and testing took
+The recordings ran side by side on two cores that others used too, float32, seed 0. Fitting and testing took
 {minutes:.0f} minutes."""
