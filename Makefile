@@ -16,7 +16,7 @@ quickstart: .venv/.installed
 	@$(BIN)/neureasoner run quickstart
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -q -m slow --timeout=3600

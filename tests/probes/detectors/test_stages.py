@@ -132,7 +132,7 @@ def test_report_draws_figures(work, capsys):
         "estimators": ["logistic"],
         "compared": ["logistic"],
         "curve": [6, 12],
-        "repeats": 2,
+        "repeats": 1,
         "bootstrap": 30,
         "trajectories": 8,
     }
