@@ -190,7 +190,8 @@ def test_an_interrupted_launch_leaves_no_process_behind(tmp_path: Path, number: 
     grandchild = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
     code = (
-        "import sys; from pathlib import Path; from neureasoner import launch\n"
+        "import signal, sys; from pathlib import Path; from neureasoner import launch\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         f"launch.command_line = lambda *_: [sys.executable, '-c', {child!r}]\n"
         "try: launch.accelerate(Path('x'), [])\nexcept KeyboardInterrupt: sys.exit(130)"
     )
