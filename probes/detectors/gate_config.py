@@ -32,11 +32,21 @@ class GateConfig:
     validation: float = field(default=0.2, metadata={"help": "share of problems for early stopping and the threshold"})
     test: float = field(default=0.2, metadata={"help": "share of problems for the reported numbers"})
     batch_size: int = field(default=16, metadata={"help": "questions read at once"})
+    permutations: int = field(default=5, metadata={"help": "gates fitted on shuffled labels, which must be at chance"})
     bootstrap: int = field(default=1000, metadata={"help": "draws of problems behind each interval"})
     seed: int = field(default=0, metadata={"help": "seed of split, weights, shuffled labels and intervals"})
 
     def __post_init__(self) -> None:
-        for key in ("channels", "hidden", "train_batch", "epochs", "patience", "batch_size", "bootstrap"):
+        for key in (
+            "channels",
+            "hidden",
+            "train_batch",
+            "epochs",
+            "patience",
+            "batch_size",
+            "permutations",
+            "bootstrap",
+        ):
             if getattr(self, key) < 1:
                 raise UserError(f"key '{key}' must be at least 1, got {getattr(self, key)}")
         if not 0 < self.fails_below <= 1:

@@ -25,7 +25,7 @@ from neureasoner.probes.detectors.gate import (
     youden,
 )
 from neureasoner.probes.detectors.gate_config import GateConfig
-from neureasoner.probes.detectors.metrics import bootstrap_draws, interval, ratio, roc, weighted_auroc
+from neureasoner.probes.detectors.metrics import auroc, bootstrap_draws, interval, ratio, roc, weighted_auroc
 from neureasoner.probes.detectors.probe import git_revision
 from neureasoner.probes.labels import SPLITS, labels_of, solving_rates, split_problems
 from neureasoner.sites import Layout
@@ -140,10 +140,13 @@ def gate(config: GateConfig) -> dict[str, Any]:
     pooled = pooled_prompts(model, [data.prompts[i] for i in train], config.batch_size)
     fitted, score = fit_gate(data, data.y, pooled, model, config, origin)
     rng = np.random.default_rng([config.seed, 5])
-    shuffled = data.y.copy()  # a control of the whole search, selection of channels included
-    for part in (train, held):
-        shuffled[part] = rng.permutation(shuffled[part])
-    blind, blind_score = fit_gate(data, shuffled, pooled, model, config, origin)
+    blind_gates = []
+    for _ in range(config.permutations):  # a control of the whole search, selection of channels included
+        shuffled = data.y.copy()
+        for part in (train, held):
+            shuffled[part] = rng.permutation(shuffled[part])
+        blind_gates.append(fit_gate(data, shuffled, pooled, model, config, origin))
+    blind, blind_score = blind_gates[0]
     scores = {"gate": (score, fitted.threshold)} | controls(data) | {"shuffled": (blind_score, blind.threshold)}
     y, draws = data.y[test], bootstrap_draws(len(test), config.bootstrap, config.seed)
     tested = {k: {"threshold": cut, **figures(y, s[test], s[test] > cut, draws)} for k, (s, cut) in scores.items()}
@@ -163,6 +166,7 @@ def gate(config: GateConfig) -> dict[str, Any]:
         "controls": {k: v for k, v in tested.items() if k != "gate"},
         "questions": {p: {"failing": f, "solved": s} for p, (f, s) in data.counts.items()},
         "channels_by_block": dict(zip(blocks.tolist(), n.tolist(), strict=True)),
+        "shuffled_aurocs": [round(auroc(y, s[test]), 4) for _, s in blind_gates],
         "epochs": len(fitted.history_),
         "warnings": warnings,
         "seed": config.seed,
@@ -221,4 +225,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines += ["|---" * (len(names) + 1) + "|"]
     for name, row in {"gate": results["test"], **results["controls"]}.items():
         lines.append(f"| {name} | {' | '.join(cell(row[n]) for n in names)} |")
+    blind = results["shuffled_aurocs"]
+    lines += ["", f"Shuffled training labels, {len(blind)} permutations (the first stands above): AUROC on average "]
+    lines[-1] += f"{np.mean(blind):.2f}, from {min(blind):.2f} to {max(blind):.2f}."
     return "\n".join([*lines, *[f"\nWarning: {w}." for w in results["warnings"]]]) + "\n"

@@ -54,7 +54,9 @@ def make_traces(tokenizer, n=120, samples=4, seed=0, signal=True):
 
 def config(root, **more):
     base = {"model": str(root / "model"), "traces": str(root / "traces.jsonl"), "out": str(root / "out")}
-    return GateConfig(**(base | {"channels": 12, "lr": 3e-3, "epochs": 25, "bootstrap": 60, "hidden": 32} | more))
+    return GateConfig(
+        **(base | {"channels": 12, "lr": 3e-3, "epochs": 25, "bootstrap": 60, "hidden": 32, "permutations": 2} | more)
+    )
 
 
 def read(model, ids):
@@ -298,6 +300,9 @@ def test_stage_learns_a_planted_digit_and_its_controls_do_not(work, make_model, 
     assert sum(sum(v.values()) for v in results["questions"].values()) == 120 and not results["warnings"]
     assert {"seed", "command", "version", "polarity", "intervals"} <= set(results)
     report = (work / "out" / "report.md").read_text()
+    assert len(results["shuffled_aurocs"]) == 2 and all(0 <= a <= 1 for a in results["shuffled_aurocs"])
+    assert results["shuffled_aurocs"][0] == pytest.approx(results["controls"]["shuffled"]["auroc"]["value"], abs=1e-4)
+    assert "2 permutations" in report
     assert "| gate |" in report and "| shuffled |" in report and "1 = needs intervention" in report
     assert (work / "out" / "roc.png").stat().st_size > 1000
     gate, model = FailureGate.load(work / "out" / "gate"), make_model()
