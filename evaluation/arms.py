@@ -67,27 +67,45 @@ ARMS: dict[str, Arm] = {
 RIVALS = {FULL: ("random_trigger", "sft_only", "full_paper", VOTE), "oracle_trigger": (FULL,), "full_paper": (RANDOM,)}
 
 
-def choose(names: Sequence[str], rules: Iterable[str], has_paper: bool) -> tuple[list[Arm], dict[str, str]]:
+def choose(
+    names: Sequence[str],
+    rules: Iterable[str],
+    has_paper: bool,
+    plain: bool = False,
+    exact: bool = True,
+    votable: bool = True,
+) -> tuple[list[Arm], dict[str, str]]:
     """Arms to run, in an order in which needs come first, and why others are left out.
 
-    No names means all that the checkpoint's rules allow. Raises UserError for an unknown arm, or a named one that the
-    checkpoint cannot run.
+    ``plain``: the model is no steered checkpoint; ``exact``: the exact judge knows the problems; ``votable``: their
+    answers can be voted over (programs cannot). No names means all that can run. Raises UserError for an unknown arm,
+    or a named one that cannot run.
     """
     rules, skipped, wanted = set(rules), {}, []
     for name in names:
         if name not in ARMS:
             raise UserError(f"unknown arm '{name}'; known: {', '.join(ARMS)}")
-    for name in names or ARMS:
-        arm, reason = ARMS[name], ""
+
+    def why_not(arm: Arm) -> str:
         missing = [r for r in arm.rules if r not in rules and r != "all"]
+        if plain and any(ARMS[n].model != "base" for n in (arm.name, *arm.needs)):
+            return "the model is no steered checkpoint (a folder that `neureasoner assemble` wrote)"
         if missing:
-            reason = f"the plan has no rule {missing[0]} (its probe was not fitted)"
-        elif arm.rules and not rules:
-            reason = "the plan has no rules"
-        elif arm.trigger == "paper" and not has_paper:
-            reason = "the checkpoint has no probes/paper"
+            return f"the plan has no rule {missing[0]} (its probe was not fitted)"
+        if arm.rules and not rules:
+            return "the plan has no rules"
+        if arm.trigger == "paper" and not has_paper:
+            return "the checkpoint has no probes/paper"
+        if arm.trigger == "oracle" and not exact:
+            return "the exact judge knows the generators' problems only"
+        if arm.vote and not votable:
+            return "programs have no majority"
+        return ""
+
+    for name in names or ARMS:
+        reason = why_not(ARMS[name])
         if reason and names:
-            raise UserError(f"arm '{name}' cannot run: {reason}; leave it out or assemble again")
+            raise UserError(f"arm '{name}' cannot run: {reason}; leave it out{'' if plain else ' or assemble again'}")
         if reason:
             skipped[name] = reason
         else:

@@ -1,22 +1,34 @@
-"""``evaluate``: every arm on the same problems, then results, a report and a short table. Goes on after a kill."""
+"""``evaluate``: every arm on the same problems, then results, a report and a short table. Goes on after a kill.
+
+The problems are the generators' (judged exactly) or a benchmark's (its final answers graded). A share of the work can
+be done by itself (``shard``): it writes parts and nothing else, and a run without one puts all parts together.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neureasoner.artifacts import file_fingerprint, read_json, write_json, write_text
-from neureasoner.data_builders.families import family
+from neureasoner.data_builders.asking import FREE
+from neureasoner.data_builders.families import FAMILIES
+from neureasoner.data_builders.grading.verifier import MathVerifier
 from neureasoner.errors import UserError
 from neureasoner.evaluation import results as results_of
-from neureasoner.evaluation.arms import FULL, NO_THINKING, Arm, choose, measured_rates, votes, with_rules
-from neureasoner.evaluation.config import EvaluateConfig
+from neureasoner.evaluation.arms import FULL, NO_THINKING, VANILLA, Arm, choose, measured_rates, votes, with_rules
+from neureasoner.evaluation.benchmarks.registry import BENCHMARKS
+from neureasoner.evaluation.config import CAP, MERGE, PAPER, EvaluateConfig, parse_shard
 from neureasoner.evaluation.markdown import markdown
 from neureasoner.evaluation.metrics import Outcome, per_problem
-from neureasoner.evaluation.runner import ArmRun, outcomes
-from neureasoner.model_files import model_files
+from neureasoner.evaluation.runner import ArmRun, is_program, outcomes
+from neureasoner.evaluation.store import listed
+from neureasoner.model_files import model_files, resolve
 from neureasoner.stages import StageFolder
 from neureasoner.traces import Problem, read_problems, read_traces
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 CARD, PLAN = "neureasoner.json", "plan.yaml"
 
@@ -33,7 +45,7 @@ class Evaluation:
         self._loaded: dict[str, Any] = {}
 
     def model(self, kind: str) -> Any:
-        """``steered`` or ``base`` as a SteeredModel."""
+        """``steered`` or ``base`` as a SteeredModel; the base may be a server instead."""
         from neureasoner.inference.plan import Plan
         from neureasoner.inference.steered import SteeredModel
         from neureasoner.models import load
@@ -42,6 +54,10 @@ class Evaluation:
             device = self.config.device or None
             if kind == "steered":
                 self._loaded[kind] = SteeredModel.from_pretrained(self.config.model, device=device)
+            elif self.config.endpoint:
+                from neureasoner.evaluation.served import Served
+
+                self._loaded[kind] = Served(self.config.endpoint, self.config.out, self.base)
             else:
                 self._loaded[kind] = SteeredModel(*load(self.base, device=device), Plan("none"))
         return self._loaded[kind]
@@ -75,59 +91,123 @@ class Evaluation:
         return ArmRun(arm, load, self.config, self.problems, k)
 
 
-def _card(model: str) -> dict[str, Any]:
-    folder = Path(model)
+def _card(model: str) -> dict[str, Any] | None:
+    """What a steered checkpoint says of itself; None for a plain model."""
+    folder = Path(resolve(model))
     if not (folder / PLAN).is_file():
-        raise UserError(f"{model}: holds no {PLAN}, so it is no steered checkpoint; run `neureasoner assemble` first")
+        return None
     return dict(read_json(folder / CARD)) if (folder / CARD).is_file() else {}
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Stage ``evaluate``. Writes results.json and .md, traces/<arm>.jsonl, figures/ and report.html; prints a table.
-
-    Raises UserError for an unknown arm, a bad problem file, or a folder that is no steered checkpoint.
-    """
-    from neureasoner.inference.plan import Plan
-
-    card = _card(config.model)
+def _problems(config: EvaluateConfig) -> list[Problem]:
+    """The problems, once it is certain that each can be graded. Raises UserError."""
     problems = read_problems(config.problems)[: config.limit or None]
+    known = {*FAMILIES, *BENCHMARKS, str(results_of.source_of(config.problems).get("benchmark", ""))}
     for p in problems:
-        family(p.family)
-    plan = Plan.load(config.model)
-    paper = (Path(config.model) / "probes" / "paper").is_dir()
-    arms, skipped = choose(config.arms, plan.names, paper)
+        if p.family not in known:
+            raise UserError(
+                f"unknown problem family '{p.family}'; known: {', '.join(FAMILIES)}, and benchmarks as `neureasoner "
+                "evaluation benchmark` writes them, with their stage.json"
+            )
+    if any(is_program(p) for p in problems):
+        from neureasoner.evaluation.benchmarks.code import sandbox
+        from neureasoner.evaluation.benchmarks.suites import find
+
+        sandbox()
+        for p in filter(is_program, problems):
+            find(p.answer)
+    if any(p.family not in FAMILIES and not is_program(p) for p in problems):
+        MathVerifier()  # raises where math-verify is missing
+    return problems
+
+
+def _base(config: EvaluateConfig, card: dict[str, Any] | None) -> str:
+    """The vanilla model. Raises UserError where it is not the one the checkpoint was trained from."""
+    if card is None:
+        if config.base not in ("", config.model):
+            raise UserError(f"{config.model}: is a plain model and its own base; leave out --base {config.base}")
+        return config.model
     base = config.base or str(card.get("base") or "")
     if base and not config.base and card.get("base_files") not in (None, file_fingerprint(model_files(base))):
         raise UserError(
             f"{config.model}: was trained from another '{base}' than the one that is here now; train and assemble again"
         )
+    return base
+
+
+def _check_thinking(base: str, arms: list[Arm]) -> None:
+    """Closing a thinking that a model does not know would measure nothing. Raises UserError."""
+    from neureasoner.models import load_tokenizer
+    from neureasoner.steps import Separators
+
+    if any(a.nothinking for a in arms) and Separators.of(load_tokenizer(base)).think_close is None:
+        names = ", ".join(a.name for a in arms if a.nothinking)
+        raise UserError(f"{base}: its tokenizer knows no </think>, so there is no thinking to close; leave out {names}")
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Stage ``evaluate``. Writes results.json and .md, traces/<arm>.jsonl, figures/ and report.html; prints a table.
+
+    With a shard only parts are written, and the summary says what was done. Raises UserError for an unknown arm, a bad
+    problem file, problems that cannot be graded here, or arms that the model cannot run.
+    """
+    from neureasoner.inference.plan import Plan
+
+    card = _card(config.model)
+    if card is None and not config.arms:
+        raise UserError(
+            f"{config.model}: holds no {PLAN}, so it is no steered checkpoint; run `neureasoner assemble` first, or "
+            "name the arms that need none (--arms vanilla)"
+        )
+    problems = _problems(config)
+    exact = all(p.family in FAMILIES for p in problems)
+    if not config.max_new_tokens:
+        config = replace(config, max_new_tokens=CAP if exact else PAPER["max_new_tokens"])
+    model = Path(resolve(config.model))
+    arms, skipped = choose(
+        config.arms,
+        [] if card is None else Plan.load(model).names,
+        (model / "probes" / "paper").is_dir(),
+        plain=card is None,
+        exact=exact,
+        votable=not any(map(is_program, problems)),
+    )
+    base = _base(config, card)
     if not base and any(a.model == "base" for a in arms):
         raise UserError(f"{config.model}: names no base model; give --base (the model before training, such as tiny)")
-    checkpoint = [Path(config.model) / name for name in (PLAN, CARD, "stage.json")]
+    if card is None:
+        _check_thinking(base, arms)
+    if config.endpoint and not any(a.model == "base" for a in arms):
+        raise UserError("key 'endpoint' serves arms that need no hooks, and there is none among them; leave it out")
+    checkpoint = [model / name for name in (PLAN, CARD, "stage.json")]
     given = [p for p in (config.probes_results, config.neurons, config.judge_results) if p]
+    # a share is a share of the same work, and how fast a server is asked changes no answer
+    endpoint = {k: v for k, v in config.endpoint.items() if k not in FREE}
     folder = StageFolder(
         config.out,
         "evaluate",
-        config,
+        replace(config, shard="", endpoint=endpoint),
         inputs=[config.problems, *(p for p in checkpoint if p.is_file()), *given, *(model_files(base) if base else [])],
     )
     if not folder.done:
-        _run(Evaluation(config, problems, base), arms, skipped)
+        evaluation = Evaluation(config, problems, base)
+        shared = _run(evaluation, arms, skipped)
+        if config.shard and config.shard != MERGE:
+            return shared
+        _write(evaluation, skipped)
     from neureasoner.evaluation.show import show
 
     if config.show_examples:
-        show(config.out, config.show_examples)
+        both = {FULL, VANILLA} <= {a.name for a in arms}
+        show(config.out, config.show_examples if both else 0)
     return folder.summary if folder.done else folder.finish(_short(read_json(folder.path / "results.json")))
 
 
-def _run(evaluation: Evaluation, arms: list[Arm], skipped: dict[str, str]) -> None:
+def _run(evaluation: Evaluation, arms: list[Arm], skipped: dict[str, str]) -> dict[str, Any]:
+    """Every arm, or the share of each. Returns what a share did; raises UserError where parts are missing to merge."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from neureasoner.evaluation.report import write_report
-    from neureasoner.evaluation.viewer.config import DetailsConfig
-    from neureasoner.evaluation.viewer.details import write_details
-
-    config = evaluation.config
+    shard, left = evaluation.config.shard, dict[str, str]()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -135,23 +215,59 @@ def _run(evaluation: Evaluation, arms: list[Arm], skipped: dict[str, str]) -> No
         TimeElapsedColumn(),
         TextColumn("{task.fields[so_far]}"),
     )
+    done = 0
     with Progress(*columns) as bar:
         for name, reason in skipped.items():
             bar.console.print(f"[yellow]arm {name} left out: {reason}[/yellow]")
         for arm in arms:
+            waits = [need for need in arm.needs if need not in evaluation.outcomes]
+            if waits:  # only where the work is shared
+                left[arm.name] = f"needs all of {', '.join(waits)}, merged"
+                continue
             run = evaluation.run_of(arm)
-            task = bar.add_task(f"{arm.name:<16}", total=len(run.jobs) * run.k, so_far="")
-            done: list[Outcome] = []
-            if not run.file.is_file():
-                for sample, batch in run.jobs:
-                    done += outcomes(run.part(sample, batch), config.max_new_tokens)
-                    right, tokens = (sum(getattr(o, k) for o in done) / len(done) for k in ("correct", "tokens"))
-                    bar.update(task, advance=run.k, so_far=f"{right:.1%} right, {tokens:.0f} tokens")
+            todo = run.store.missing()
+            if shard and shard != MERGE:
+                index, of = parse_shard(shard)
+                todo = [job for n, job in enumerate(run.jobs) if n % of == index and job in set(todo)]
+            elif todo:
+                found = f"{len(todo)} of {len(run.jobs)} parts are missing ({listed(todo)})"
+                if shard == MERGE:
+                    left[arm.name] = found
+                    continue
+                if len(todo) < len(run.jobs):
+                    bar.console.print(f"arm {arm.name}: {found}; they are generated now")
+            done += _generate(run, todo, bar)
+            if not shard or shard == MERGE:
                 run.merge()
-            evaluation.outcomes[arm.name] = outcomes(read_traces(run.file), config.max_new_tokens)
-            table = per_problem(evaluation.outcomes[arm.name])
-            so_far = f"{table.accuracy.mean():.1%} right, {table.tokens.mean():.0f} tokens"
-            bar.update(task, completed=len(run.jobs) * run.k, so_far=so_far)
+            if run.store.whole:
+                evaluation.outcomes[arm.name] = outcomes(run.store.traces(), evaluation.config.max_new_tokens)
+    told = "; ".join(f"{name}: {why}" for name, why in left.items())
+    if shard == MERGE and left:
+        raise UserError(f"{evaluation.config.out}: not all is there to merge. {told}")
+    if shard and shard != MERGE:
+        print(f"shard {shard}: {done} parts done" + (f"; left for a run after --shard {MERGE}: {told}" if left else ""))
+    return {"shard": shard, "parts": done, "left": left}
+
+
+def _generate(run: ArmRun, todo: list[tuple[int, int]], bar: Progress) -> int:
+    """Generate parts of an arm; returns how many."""
+    task = bar.add_task(f"{run.arm.name:<16}", total=len(run.jobs) * run.k, so_far="")
+    bar.update(task, completed=(len(run.jobs) - len(todo)) * run.k)
+    done: list[Outcome] = []
+    for sample, batch in todo:
+        done += outcomes(run.part(sample, batch), run.config.max_new_tokens)
+        right, tokens = (sum(getattr(o, k) for o in done) / len(done) for k in ("correct", "tokens"))
+        bar.update(task, advance=run.k, so_far=f"{right:.1%} right, {tokens:.0f} tokens")
+    return len(todo)
+
+
+def _write(evaluation: Evaluation, skipped: dict[str, str]) -> None:
+    """Results, their page, and the report."""
+    from neureasoner.evaluation.report import write_report
+    from neureasoner.evaluation.viewer.config import DetailsConfig
+    from neureasoner.evaluation.viewer.details import write_details
+
+    config = evaluation.config
     found = results_of.build(
         config, evaluation.base, evaluation.problems, evaluation.outcomes, skipped, evaluation.extras
     )

@@ -36,10 +36,57 @@ def arms_table(results: Mapping[str, Any]) -> list[str]:
                 _interval(a["tokens_mean"], a["tokens_ci"], 1, 0),
                 f"{a['triggers_per_trace']:.2f}",
                 f"{100 * a['truncated']:.1f}",
-                f"{points(c)}; {percent(c)}" if c else "–",
+                f"{points(c)}, {_p(c)}; {percent(c)}" if c else "–",
             )
         )
     return lines
+
+
+def _p(c: Mapping[str, Any]) -> str:
+    return f"p = {c['accuracy_p']:.3f}" if c["accuracy_p"] >= 0.001 else "p < 0.001"
+
+
+def _seconds(value: float | None, ends: Any) -> str:
+    if value is None:
+        return "–"
+    low, high = (f"{x:.2f}" if x is not None else "∞" for x in ends)
+    return f"{value:.2f} [{low}, {high}]"
+
+
+def costs_table(results: Mapping[str, Any]) -> list[str]:
+    """What answers cost: forced tokens (counted above), probe tokens (not counted), wall time by problem and solved."""
+    lines = _header("arm", "forced tokens", "probe tokens", "seconds per problem", "seconds per solved problem")
+    for a in results["arms"]:
+        times = (_seconds(a[k], a[k + "_ci"]) for k in ("seconds_per_problem", "seconds_per_solved"))
+        lines.append(_row(a["name"], f"{a['forced_mean']:.1f}", f"{a['probe_tokens_mean']:.1f}", *times))
+    return lines
+
+
+def curves_table(results: Mapping[str, Any], key: str, name: str) -> list[str]:
+    """Accuracy by k of ``pass_at`` or ``cons``; nothing where no arm has any."""
+    arms = [a for a in results["arms"] if a[key]]
+    if not arms:
+        return []
+    sizes = list(arms[0][key])
+    lines = _header("arm", *(f"{name}@{k}" for k in sizes))
+    for a in arms:
+        lines.append(_row(a["name"], *(_interval(a[key][k]["accuracy"], a[key][k]["accuracy_ci"]) for k in sizes)))
+    return lines
+
+
+def _source(results: Mapping[str, Any]) -> list[str]:
+    """Which benchmark it is, and how it was decoded otherwise than in the paper."""
+    said, source = [], results["problems"]["source"]
+    if source:
+        release = f", {source['release']}" if source.get("release") else ""
+        whole = f" of {source['whole_set']}" if source.get("whole_set") else ""
+        said.append(f"Benchmark {source['benchmark']}{release}: {results['problems']['n']}{whole} problems.")
+        said += [f"Private: {source['private']}."] if source.get("private") else []
+    differs = results["sampling"]["differs_from_paper"]
+    if differs:
+        listed = ", ".join(f"{k} {ours} (paper: {theirs})" for k, (ours, theirs) in differs.items())
+        said.append(f"Not the paper's protocol: {listed}.")
+    return ["", " ".join(said)] if said else []
 
 
 def _area(entry: Mapping[str, Any] | None) -> str:
@@ -82,10 +129,15 @@ def markdown(results: Mapping[str, Any]) -> str:
     how = (
         f"{n} problems of the split {results['problems']['split']}, temperature {sampling['temperature']}, top-p "
         f"{sampling['top_p']}, at most {sampling['max_new_tokens']} tokens; 95 % intervals and paired differences by "
-        f"problem (bootstrap, {results['intervals']['resamples']} draws)."
+        f"problem (bootstrap, {results['intervals']['resamples']} draws); p by sign flips of problems."
     )
     said = [f"- {s}" for s in [*sentences(results), caution(results)] if s]
-    parts = [f"**{headline(results)}**", "", *said, "", how, "", *arms_table(results)]
+    parts = [f"**{headline(results)}**", "", *said, "", how, *_source(results), "", *arms_table(results)]
+    for key, name in (("pass_at", "Pass"), ("cons", "Cons")):
+        if table := curves_table(results, key, name):
+            parts += ["", f"{name}@k from one draw of {results['seeds']['samples']} samples, per cent:", "", *table]
+    parts += ["", "Cost of an answer (forced tokens are among the tokens above, probe tokens are not):", ""]
+    parts += costs_table(results)
     if results["skipped"]:
         parts += ["", *(f"Not run: {name} ({why})." for name, why in results["skipped"].items())]
     parts += ["", "Accuracy by family, per cent:", "", *families_table(results)]

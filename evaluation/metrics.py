@@ -1,19 +1,23 @@
 """Accuracy, tokens and their intervals. Every interval is a bootstrap over problems, never over samples.
 
-Legend: ``P`` problems, ``R`` resamples, ``C`` columns. The statistic of one resample is the mean over the ``P`` drawn
-problems of the problem's own mean over its samples, so samples of one problem never count as independent evidence.
+Legend: ``P`` problems, ``R`` resamples, ``C`` columns, ``S`` samples of one problem. The statistic of one resample is
+the mean over the ``P`` drawn problems of the problem's own mean over its samples, so samples of one problem never count
+as independent evidence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from math import comb, isfinite
 from typing import Any
 
 import numpy as np
 
 LEVEL = 0.95
 RESAMPLES = 10_000
+SUBSETS = 1000  # subsets of one draw behind a Cons@k; where there are no more than that, all of them
 _CELLS = 2_000_000  # drawn indices held at once
 
 
@@ -22,7 +26,9 @@ class Outcome:
     """What one attempt at one problem came to.
 
     ``tokens`` counts every generated or forced token; a truncated response is wrong and costs the full cap. For a vote,
-    ``tokens`` is the sum over its responses and ``truncated`` the share of them that were cut off.
+    ``tokens`` is the sum over its responses and ``truncated`` the share of them that were cut off. ``forced`` tokens
+    are part of ``tokens``; ``probe_tokens`` were read to decide something, stand in no response and are counted apart.
+    ``answer`` is None where there is none, or none in time. ``seconds`` 0: nobody took the time.
     """
 
     problem: str
@@ -35,26 +41,34 @@ class Outcome:
     triggers: int = 0
     seconds: float = 0.0
     responses: int = 1
+    forced: float = 0.0
+    probe_tokens: float = 0.0
+    answer: str | None = None
 
 
 @dataclass(frozen=True)
 class PerProblem:
-    """Means per problem, in order of problem id: ``accuracy`` [P] and ``tokens`` [P]."""
+    """Means per problem, in order of problem id: ``accuracy`` (Pass@1), ``tokens`` and ``seconds``, each [P]."""
 
     ids: tuple[str, ...]
     accuracy: np.ndarray
     tokens: np.ndarray
+    seconds: np.ndarray
+
+
+def by_problem(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
+    """Outcomes of each problem in order of sample, problems in order of id."""
+    groups: dict[str, list[Outcome]] = {}
+    for o in outcomes:
+        groups.setdefault(o.problem, []).append(o)
+    return {i: sorted(groups[i], key=lambda o: o.sample) for i in sorted(groups)}
 
 
 def per_problem(outcomes: Iterable[Outcome]) -> PerProblem:
     """Average the samples of each problem."""
-    groups: dict[str, list[Outcome]] = {}
-    for o in outcomes:
-        groups.setdefault(o.problem, []).append(o)
-    ids = tuple(sorted(groups))
-    accuracy = np.array([np.mean([o.correct for o in groups[i]]) for i in ids], dtype=np.float64)
-    tokens = np.array([np.mean([o.tokens for o in groups[i]]) for i in ids], dtype=np.float64)
-    return PerProblem(ids, accuracy, tokens)
+    groups = by_problem(outcomes)
+    mean = lambda key: np.array([np.mean([getattr(o, key) for o in rows]) for rows in groups.values()], np.float64)  # noqa: E731
+    return PerProblem(tuple(groups), mean("correct"), mean("tokens"), mean("seconds"))
 
 
 def resampled_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -92,6 +106,33 @@ def summarise(outcomes: Sequence[Outcome], resamples: int = RESAMPLES, seed: int
     }
 
 
+def costs(outcomes: Sequence[Outcome], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
+    """What an answer costs: forced and probe tokens, seconds per problem, and seconds per solved problem.
+
+    The last is all seconds divided by all that was right (means by problem on both sides), so wrong answers are paid
+    for by the right ones. None where no time was taken or nothing was solved; an end of its interval is None where
+    that happens in the resample that stands there.
+    """
+    table = per_problem(outcomes)
+    forced, probes = (float(np.mean([getattr(o, key) for o in outcomes])) for key in ("forced", "probe_tokens"))
+    found: dict[str, Any] = {"forced_mean": forced, "probe_tokens_mean": probes}
+    if not table.seconds.any():
+        return found | dict.fromkeys(
+            ("seconds_per_problem", "seconds_per_problem_ci", "seconds_per_solved", "seconds_per_solved_ci")
+        )
+    draws = resampled_means(np.stack([table.seconds, table.accuracy], axis=1), resamples, seed)
+    solved = table.accuracy.mean()
+    with np.errstate(divide="ignore"):
+        # "lower": between a number and infinity there is nothing to interpolate
+        ends = np.quantile(draws[:, 0] / draws[:, 1], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="lower")
+    return found | {
+        "seconds_per_problem": float(table.seconds.mean()),
+        "seconds_per_problem_ci": interval(draws[:, 0]),
+        "seconds_per_solved": float(table.seconds.mean() / solved) if solved else None,
+        "seconds_per_solved_ci": [float(x) if isfinite(x) else None for x in ends] if solved else None,
+    }
+
+
 def split_by(outcomes: Sequence[Outcome], key: Callable[[Outcome], Any], **how: Any) -> dict[str, dict[str, Any]]:
     """``summarise`` for each value of ``key``, in order of the values."""
     groups: dict[Any, list[Outcome]] = {}
@@ -105,7 +146,8 @@ def compare(
 ) -> dict[str, Any]:
     """Paired bootstrap by problem: accuracy difference, and relative token difference ``mean(arm)/mean(against) - 1``.
 
-    Raises ValueError if the two did not answer the same problems.
+    ``accuracy_p``: two-sided sign-flip permutation test of the accuracy difference by problem. Raises ValueError if the
+    two did not answer the same problems.
     """
     a, b = per_problem(arm), per_problem(against)
     if a.ids != b.ids:
@@ -115,6 +157,7 @@ def compare(
     return {
         "accuracy_delta": float((a.accuracy - b.accuracy).mean()),
         "accuracy_delta_ci": accuracy_ci,
+        "accuracy_p": sign_flip_p(a.accuracy - b.accuracy, resamples, seed),
         "tokens_relative": float(a.tokens.mean() / b.tokens.mean() - 1),
         "tokens_relative_ci": tokens_ci,
         "accuracy_excludes_zero": bool(accuracy_ci[0] > 0 or accuracy_ci[1] < 0),
@@ -123,15 +166,90 @@ def compare(
     }
 
 
+def sign_flip_p(difference: np.ndarray, draws: int = RESAMPLES, seed: int = 0) -> float:
+    """Two-sided p-value of a mean difference by problem ``[P]`` being 0, under signs flipped by problem.
+
+    Exact over all flips where there are at most ``draws`` of them; else ``(1 + hits) / (1 + draws)`` of random ones.
+    """
+    moved = np.asarray(difference, dtype=np.float64)
+    moved = moved[np.abs(moved) > 1e-12]  # the sign of nothing changes nothing
+    least = abs(moved.sum()) - 1e-9
+    if 2 ** len(moved) <= draws:
+        signs = (np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved)) & 1) * 2 - 1
+        return float((np.abs(signs @ moved) >= least).mean())
+    rng, hits = np.random.default_rng([seed, 11]), 0
+    for start in range(0, draws, 1000):
+        signs = rng.integers(0, 2, size=(min(1000, draws - start), len(moved)), dtype=np.int8) * 2 - 1
+        hits += int((np.abs(signs @ moved) >= least).sum())
+    return (1 + hits) / (1 + draws)
+
+
+def answer_classes(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> list[int]:
+    """The equivalence class of each answer, numbered as first seen; -1 for a missing one.
+
+    An answer joins the first class whose first member it equals.
+    """
+    heads: list[str] = []
+    found = []
+    for answer in answers:
+        home = -1
+        if answer is not None:
+            home = next((i for i, head in enumerate(heads) if same(head, answer)), len(heads))
+            if home == len(heads):
+                heads.append(answer)
+        found.append(home)
+    return found
+
+
 def majority(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> str | None:
     """Vote over equivalence classes of answers (core.md §5.3): ties go to the first seen, missing answers abstain."""
-    classes: list[list[str]] = []
-    for answer in answers:
-        if answer is None:
-            continue
-        home = next((c for c in classes if same(c[0], answer)), None)
-        if home is None:
-            classes.append([answer])
-        else:
-            home.append(answer)
-    return max(classes, key=len)[0] if classes else None  # max keeps the first of equals
+    classes = answer_classes(answers, same)
+    if max(classes, default=-1) < 0:
+        return None
+    return answers[classes.index(max(range(max(classes) + 1), key=classes.count))]  # max keeps the first of equals
+
+
+def subsets_of(n: int, k: int, most: int = SUBSETS, seed: int = 0) -> np.ndarray:
+    """Subsets of ``n`` samples of size ``k``, each in order of drawing: ``[<= most, k]``.
+
+    All of them where there are at most ``most``, else random ones without repetition inside a subset.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"a subset of {k} out of {n} samples does not exist")
+    if comb(n, k) <= most:
+        return np.array(list(combinations(range(n), k)))
+    drawn = np.random.default_rng([seed, n, k]).random((most, n)).argsort(axis=1)[:, :k]
+    return np.sort(drawn, axis=1)
+
+
+def cons_at_k(
+    classes: Sequence[Sequence[int]],
+    correct: Sequence[Sequence[bool]],
+    k: int,
+    subsets: int = SUBSETS,
+    seed: int = 0,
+) -> np.ndarray:
+    """Cons@k (core.md §5.3) from one draw of S samples a problem: is the majority of k right? Averaged over subsets.
+
+    ``classes`` [P, S] (see ``answer_classes``), ``correct`` [P, S] -> share of the subsets whose majority is right [P].
+    In each subset ties go to the class seen first in it, and where all abstain the vote is wrong.
+    """
+    found = []
+    for row, right in zip(np.asarray(classes), np.asarray(correct, dtype=bool), strict=True):
+        picked = row[subsets_of(len(row), k, subsets, seed)]  # [R, k]
+        known = np.arange(max(row.max() + 1, 1))
+        votes = picked[:, :, None] == known  # [R, k, classes]
+        counts = votes.sum(axis=1)
+        winner = (counts * (k + 1) - votes.argmax(axis=1)).argmax(axis=1)  # of equal counts the earliest
+        good = np.array([right[(row == c).argmax()] if (row == c).any() else False for c in known])
+        found.append((good[winner] & counts.any(axis=1)).mean())
+    return np.array(found)
+
+
+def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> np.ndarray:
+    """Unbiased pass@k by problem: ``1 - C(S - c, k) / C(S, k)`` with ``c`` of S samples right. [P, S] -> [P]."""
+    rows = np.asarray(correct, dtype=bool)
+    n = rows.shape[1]
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} needs at least {k} samples, there are {n}")
+    return np.array([1 - comb(n - int(c), k) / comb(n, k) for c in rows.sum(axis=1)])

@@ -12,16 +12,71 @@ from typing import Any
 
 from neureasoner import __version__
 from neureasoner.artifacts import file_fingerprint, read_json
+from neureasoner.data_builders.families import FAMILIES
 from neureasoner.evaluation.arms import ARMS, RIVALS, VANILLA
-from neureasoner.evaluation.config import EvaluateConfig
-from neureasoner.evaluation.metrics import LEVEL, Outcome, compare, split_by, summarise
+from neureasoner.evaluation.benchmarks.registry import BENCHMARKS
+from neureasoner.evaluation.config import PAPER, EvaluateConfig
+from neureasoner.evaluation.metrics import (
+    LEVEL,
+    SUBSETS,
+    Outcome,
+    answer_classes,
+    by_problem,
+    compare,
+    cons_at_k,
+    costs,
+    interval,
+    pass_at_k,
+    resampled_means,
+    split_by,
+    summarise,
+)
+from neureasoner.evaluation.runner import equivalence, is_program
+from neureasoner.model_files import resolve
 from neureasoner.traces import Problem
 
 SCHEMA = 1
 LEVELS = ("intra", "inter", "instance")
+VOTES = (4, 8, 16, 32, 64)  # k of Cons@k
 
 
-def arm_result(name: str, outcomes: Sequence[Outcome], config: EvaluateConfig) -> dict[str, Any]:
+def curves(
+    outcomes: Sequence[Outcome], problems: Mapping[str, Problem], resamples: int, seed: int
+) -> dict[str, dict[str, Any]]:
+    """``pass_at`` and ``cons`` by k, each with its interval: what several samples of a problem are worth together.
+
+    Cons@k costs k responses. Neither is defined for an arm that votes already, Cons@k not for programs.
+    """
+    rows = by_problem(outcomes)
+    samples = min(map(len, rows.values()))
+    found: dict[str, dict[str, Any]] = {"pass_at": {}, "cons": {}}
+    if samples < 2 or any(o.responses > 1 for o in outcomes):
+        return found
+    correct = [[o.correct for o in group[:samples]] for group in rows.values()]
+
+    def entry(values: Any) -> dict[str, Any]:
+        return {
+            "accuracy": float(values.mean()),
+            "accuracy_ci": interval(resampled_means(values[:, None], resamples, seed)[:, 0]),
+        }
+
+    powers = [2**i for i in range(samples.bit_length())]
+    found["pass_at"] = {str(k): entry(pass_at_k(correct, k)) for k in powers}
+    sizes = [k for k in VOTES if k <= samples]
+    if sizes and not any(is_program(problems[i]) for i in rows):
+        classes = [
+            answer_classes([o.answer for o in group[:samples]], equivalence(problems[i])) for i, group in rows.items()
+        ]
+        tokens = sum(o.tokens for o in outcomes) / len(outcomes)
+        found["cons"] = {
+            str(k): {**entry(cons_at_k(classes, correct, k, seed=seed)), "tokens_mean": k * tokens} for k in sizes
+        }
+    return found
+
+
+def arm_result(
+    name: str, outcomes: Sequence[Outcome], config: EvaluateConfig, problems: Sequence[Problem]
+) -> dict[str, Any]:
     """One entry of ``arms``. ``truncated`` is a share of responses, ``seconds`` wall time of decoding."""
     how = {"resamples": config.resamples, "seed": config.seed}
     answers = sum(o.responses for o in outcomes)
@@ -33,6 +88,9 @@ def arm_result(name: str, outcomes: Sequence[Outcome], config: EvaluateConfig) -
         "triggers_per_trace": sum(o.triggers for o in outcomes) / answers,
         "seconds": round(sum(o.seconds for o in outcomes), 2),
         "responses_per_answer": answers / len(outcomes),
+        "drawn_from": "server" if config.endpoint and ARMS[name].model == "base" else "here",
+        **costs(outcomes, **how),
+        **curves(outcomes, {p.id: p for p in problems}, **how),
         "by_family": split_by(outcomes, lambda o: o.family, **how),
         "by_difficulty": split_by(outcomes, lambda o: o.difficulty, **how),
         "by_family_difficulty": {
@@ -70,9 +128,23 @@ def versions() -> dict[str, str]:
 
 
 def split_of(problems: str) -> str:
-    """The split that ``data problems`` recorded beside the file, or ``unknown``."""
+    """The split that is recorded beside the file (a benchmark's own if none was asked for), or ``unknown``."""
     mark = Path(problems).parent / "stage.json"
-    return str(read_json(mark).get("config", {}).get("split", "unknown")) if mark.is_file() else "unknown"
+    named = str(read_json(mark).get("config", {}).get("split", "")) if mark.is_file() else ""
+    known = BENCHMARKS.get(str(source_of(problems).get("benchmark", "")))
+    return named or (known.split if known else "") or "unknown"
+
+
+def source_of(problems: str) -> dict[str, Any]:
+    """What `evaluation benchmark` recorded beside the file (name, release, template, source); empty if it did not."""
+    mark = Path(problems).parent / "stage.json"
+    found = read_json(mark) if mark.is_file() else {}
+    return dict(found["summary"]) if found.get("name") == "evaluation benchmark" else {}
+
+
+def differences(config: EvaluateConfig) -> dict[str, list[Any]]:
+    """Settings that are not the paper's: ``{name: [ours, the paper's]}``."""
+    return {k: [getattr(config, k), v] for k, v in PAPER.items() if getattr(config, k) != v}
 
 
 def probes_of(config: EvaluateConfig) -> dict[str, Any]:
@@ -80,7 +152,7 @@ def probes_of(config: EvaluateConfig) -> dict[str, Any]:
     out: dict[str, Any] = {}
     fitted = read_json(config.probes_results).get("levels", {}) if config.probes_results else {}
     for level in LEVELS:
-        file = Path(config.model) / "probes" / level / "probe.json"
+        file = Path(resolve(config.model)) / "probes" / level / "probe.json"
         entry: dict[str, Any] = {}
         if file.is_file():
             info = read_json(file)
@@ -110,7 +182,7 @@ def neurons_of(config: EvaluateConfig) -> dict[str, Any]:
         }
     out = {}
     for level in LEVELS:
-        file = Path(config.model) / "probes" / "paper" / level / "probe.json"
+        file = Path(resolve(config.model)) / "probes" / "paper" / level / "probe.json"
         if file.is_file():
             info = read_json(file)
             out[level] = {"site": info["features"]["channels"], "layer": info.get("layer"), "random": None}
@@ -128,7 +200,7 @@ def build(
     """The whole of ``results.json``. ``extras``: numbers that arms took from each other (coin rates, votes)."""
     return {
         "schema": SCHEMA,
-        "arms": [arm_result(name, rows, config) for name, rows in outcomes.items()],
+        "arms": [arm_result(name, rows, config, problems) for name, rows in outcomes.items()],
         "comparisons": comparisons(outcomes, config),
         "skipped": dict(skipped),
         "probes": probes_of(config),
@@ -146,12 +218,15 @@ def build(
             "top_p": config.top_p,
             "max_new_tokens": config.max_new_tokens,
             "batch_size": config.batch_size,
+            "differs_from_paper": differences(config) if any(p.family not in FAMILIES for p in problems) else {},
         },
         "intervals": {
             "level": LEVEL,
             "method": "percentile bootstrap over problems",
             "resamples": config.resamples,
             "truncated": "a truncated response is wrong and costs max_new_tokens",
+            "p": "two-sided sign-flip permutation by problem",
+            "cons": f"ties to the first seen, missing answers abstain; over at most {SUBSETS} subsets of one draw",
         },
         "problems": {
             "file": config.problems,
@@ -159,6 +234,7 @@ def build(
             "n": len(problems),
             "split": split_of(config.problems),
             "families": sorted({p.family for p in problems}),
+            "source": source_of(config.problems),
         },
         "model": config.model,
         "base": base,

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from neureasoner.data_builders.families import score
+from neureasoner.data_builders.families import FAMILIES, score
 from neureasoner.data_builders.families.countdown import evaluate as value_of
+from neureasoner.data_builders.grading import grade as grading
+from neureasoner.data_builders.grading.answers import TESTS
 from neureasoner.data_builders.judges import ExactJudge
+from neureasoner.errors import UserError
 from neureasoner.evaluation.arms import Arm
 from neureasoner.evaluation.config import EvaluateConfig
 from neureasoner.evaluation.metrics import Outcome, majority
 from neureasoner.evaluation.oracle import ExactOracles
+from neureasoner.evaluation.store import Key, SampleStore, check_once, key_of
 from neureasoner.steps import Separators
-from neureasoner.traces import Problem, Trace, read_traces, write_rows
+from neureasoner.traces import InterLabel, IntraLabel, Labels, Problem, Trace
 
 
 def batch_seed(seed: int, sample: int, batch: int) -> int:
@@ -32,6 +35,33 @@ def same_answer(a: str, b: str) -> bool:
     return x is not None and y is not None and abs(x[0] - y[0]) < 1e-9 and sorted(x[1]) == sorted(y[1])
 
 
+def is_program(problem: Problem) -> bool:
+    """Whether the answer to a problem is a program."""
+    return problem.family not in FAMILIES and problem.answer.startswith(TESTS)
+
+
+def equivalence(problem: Problem) -> Callable[[str, str], bool]:
+    """When two answers to a problem are one: by the family's own numbers, else mathematically.
+
+    Raises UserError for programs: no two of them are one answer, so there is no majority (core.md §5.3).
+    """
+    if problem.family in FAMILIES:
+        return same_answer
+    if is_program(problem):
+        raise UserError(f"problem '{problem.id}': programs have no majority, so no vote can be held over them")
+    # math-verify's comparison is not symmetric
+    return lambda a, b: grading.same_answer(a, b) or grading.same_answer(b, a)
+
+
+def judged(trace: Trace) -> Labels:
+    """Labels of a trace: by the family's exact judge, or of its final answer alone. An unfinished one is wrong."""
+    problem = trace.problem
+    if problem.family in FAMILIES:
+        return ExactJudge().judge(trace)
+    answer = grading.answer_of(problem, trace.response) if trace.finished else None
+    return Labels(grading.grade(problem, answer), answer, IntraLabel(), InterLabel(), judge="answer")
+
+
 def _spans(forced: Sequence[int], offsets: Sequence[int]) -> list[list[int]]:
     """Character spans of forced tokens, neighbours joined."""
     spans: list[list[int]] = []
@@ -41,6 +71,16 @@ def _spans(forced: Sequence[int], offsets: Sequence[int]) -> list[list[int]]:
         else:
             spans.append([offsets[t], offsets[t + 1]])
     return spans
+
+
+def prompt_of(tokenizer: Any, problem: Problem) -> Problem | list[int]:
+    """What is generated from: the problem, or the ids of a plain prompt for a base model without a chat template.
+
+    The plain prompt is the question, a line break and ``Answer:``, with the tokenizer's own special tokens (BOS).
+    """
+    if tokenizer.chat_template is not None:
+        return problem
+    return [int(i) for i in tokenizer.encode(f"{problem.question}\nAnswer:")]
 
 
 class ArmRun:
@@ -57,9 +97,18 @@ class ArmRun:
         problems = sorted(problems, key=lambda p: (p.family, p.difficulty))
         self.batches = [problems[i : i + size] for i in range(0, len(problems), size)]
         self.jobs = [(s, b) for s in range(config.samples) for b in range(len(self.batches))]
-        self.parts = Path(config.out) / "parts" / arm.name
-        self.file = Path(config.out) / "traces" / f"{arm.name}.jsonl"
-        self.judge = ExactJudge()
+        self.store = SampleStore(config.out, arm.name, {job: self._keys(*job) for job in self.jobs})
+        self.file = self.store.file
+
+    def _keys(self, sample: int, batch: int) -> list[Key]:
+        return [
+            Key(self.arm.name, p.id, sample, vote, self._seed(sample, batch, vote))
+            for vote in range(self.k)
+            for p in self.batches[batch]
+        ]
+
+    def _seed(self, sample: int, batch: int, vote: int) -> int:
+        return batch_seed(self.config.seed, sample * self.k + vote, batch)
 
     @property
     def model(self) -> Any:
@@ -70,21 +119,20 @@ class ArmRun:
 
     def part(self, sample: int, batch: int) -> list[Trace]:
         """Traces of one part, from its file or generated now."""
-        file = self.parts / f"{sample:03d}-{batch:05d}.jsonl"
-        if file.is_file():
-            return read_traces(file)
-        traces: list[Trace] = []
-        for vote in range(self.k):
-            traces += self._generate(sample, batch, vote)
-        write_rows(file, traces)
+        kept = self.store.read((sample, batch))
+        if kept is not None:
+            return kept
+        traces = [t for vote in range(self.k) for t in self._generate(sample, batch, vote)]
+        self.store.write((sample, batch), traces)
         return traces
 
     def _generate(self, sample: int, batch: int, vote: int) -> list[Trace]:
         config, problems = self.config, self.batches[batch]
         oracles = ExactOracles().functions() if self.arm.trigger == "oracle" else None
-        seed = batch_seed(config.seed, sample * self.k + vote, batch)
+        seed = self._seed(sample, batch, vote)
+        tokenizer = self.model.tokenizer
         generations = self.model.generate(
-            problems,
+            [prompt_of(tokenizer, p) for p in problems],
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_p=config.top_p,
@@ -93,7 +141,7 @@ class ArmRun:
             nothinking=self.arm.nothinking,
             oracles=oracles,
         )
-        separators = Separators.of(self.model.tokenizer)
+        separators = Separators.of(tokenizer)
         traces = []
         for problem, g in zip(problems, generations, strict=True):
             name = f"{problem.id}#{sample}" + (f".{vote}" if self.k > 1 else "")
@@ -102,45 +150,53 @@ class ArmRun:
             trace.meta["forced_chars"] = _spans(trace.meta.get("forced", []), offsets)
             for event in trace.events:
                 event["char"] = offsets[event["token"]]
-            trace.labels = self.judge.judge(trace)
+            trace.labels = judged(trace)
             traces.append(trace)
         return traces
 
     def merge(self) -> None:
         """Put the parts into one file, then drop them."""
-        if self.file.is_file():
-            return
-        write_rows(self.file, (t for sample, batch in self.jobs for t in self.part(sample, batch)))
+        self.store.merge()
         self._model = None
-        for sample, batch in self.jobs:
-            (self.parts / f"{sample:03d}-{batch:05d}.jsonl").unlink(missing_ok=True)
-        self.parts.rmdir()
 
 
 def outcomes(traces: Sequence[Trace], max_new_tokens: int) -> list[Outcome]:
-    """One outcome per problem and sample; several votes of one sample become one."""
+    """One outcome per problem and sample; several votes of one sample become one. Raises UserError for a repeat."""
+    check_once(map(key_of, traces), "traces")
     groups: dict[tuple[str, int], list[Trace]] = {}
     for t in traces:
         groups.setdefault((t.problem.id, int(t.meta.get("sample", 0))), []).append(t)
     return [_outcome(group, sample, max_new_tokens) for (_, sample), group in groups.items()]
 
 
+def _tokens(trace: Trace, cap: int) -> float:
+    """Every generated or forced token (as a server counted them, where one did); a truncated response costs the cap."""
+    return float(trace.meta.get("tokens") or len(trace.response_ids)) if trace.finished else float(cap)
+
+
 def _outcome(group: list[Trace], sample: int, cap: int) -> Outcome:
     problem, labels = group[0].problem, [t.labels for t in group]
     assert all(label is not None for label in labels)
+    answers = [label.answer if label and t.finished else None for label, t in zip(labels, group, strict=True)]
     if len(group) == 1:
+        answer = answers[0]
         correct = bool(labels[0] and labels[0].correct)
     else:
-        correct = score(problem, majority([label.answer if label else None for label in labels], same_answer))
+        answer = majority(answers, equivalence(problem))
+        right = score if problem.family in FAMILIES else grading.grade
+        correct = right(problem, answer)
     return Outcome(
         problem=problem.id,
         family=problem.family,
         difficulty=problem.difficulty,
         sample=sample,
         correct=correct and any(t.finished for t in group),
-        tokens=float(sum(len(t.response_ids) if t.finished else cap for t in group)),
+        tokens=sum(_tokens(t, cap) for t in group),
         truncated=sum(not t.finished for t in group) / len(group),
         triggers=sum(not e["suppressed"] for t in group for e in t.events),
         seconds=sum(float(t.meta.get("seconds", 0.0)) for t in group),
         responses=len(group),
+        forced=float(sum(len(t.meta.get("forced", [])) for t in group)),
+        probe_tokens=float(sum(t.meta.get("probe_tokens", 0) for t in group)),
+        answer=answer,
     )

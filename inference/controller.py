@@ -143,7 +143,7 @@ class Controller:
         self._ask_gates(rows, prompt_ids)
         eos = set(eos_ids) or {int(self.tokenizer.eos_token_id)}
         run = SteeringRun(self.steering, rows, strengths) if self.steering.rules else None
-        watch = Watch(self, rows, eos, run)
+        watch = self._watch(rows, eos, run)
         hooked = [s for s in self.sites if s != LOGITS]
         with run.hooks() if run is not None else nullcontext():
             if not hooked:
@@ -151,6 +151,10 @@ class Controller:
                 return
             with read_sites(self.model, hooked, watch.see):
                 yield watch
+
+    def _watch(self, rows: list[RowState], eos: set[int], run: SteeringRun | None) -> Watch:
+        """The state of one generation; baselines have their own kind."""
+        return Watch(self, rows, eos, run)
 
     def _ask_gates(self, rows: Sequence[RowState], prompt_ids: Sequence[Sequence[int]]) -> None:
         """Tell every row what each rule's gate says of its question; a number is a coin."""

@@ -43,6 +43,7 @@ class Generation:
     finished         ended by EOS, not by the token limit
     thinking_tokens  leading tokens that belong to the thinking
     seconds          the batch's wall time divided by its rows
+    probe_tokens     tokens read beside the response to decide about it (not in ``response_ids``)
     series           recorded sites, float32 [T - 1 or T, C] (the last token is never read), when asked for
     """
 
@@ -57,6 +58,7 @@ class Generation:
     seconds: float
     scores: list[dict[str, Any]] = field(default_factory=list)
     series: dict[str, np.ndarray] = field(default_factory=dict)
+    probe_tokens: int = 0
 
     @property
     def triggers(self) -> int:
@@ -69,6 +71,7 @@ class Generation:
             "thinking_tokens": self.thinking_tokens,
             "forced": [t for t, f in enumerate(self.forced) if f],
             "seconds": round(self.seconds, 4),
+            "probe_tokens": self.probe_tokens,
             **meta,
         }
         return Trace(
@@ -166,6 +169,7 @@ def _finish(
         seconds=seconds,
         scores=[] if row is None else row.scores,
         series={} if watch is None else {s: v.copy() for s, v in watch.recorded(i).items()},
+        probe_tokens=0 if row is None else row.probe_tokens,
     )
 
 

@@ -201,7 +201,7 @@ def _share(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> bool:
 def _first(rule: Rule) -> int | None:
     """After how many steps a rule that forces its text whatever happens does so first; None if it may not."""
     t = rule.trigger
-    if not rule.forces or t.gate is not None or t.max == 0 or t.consecutive > 1:
+    if not rule.forces or t.gate is not None or t.max == 0 or t.consecutive > 1 or t.min_tokens:
         return None
     if rule.source == "start":
         return 0

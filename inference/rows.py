@@ -40,6 +40,7 @@ class RowState:
     bounds   [0, end of step 0, ..., end of the last closed step], in response tokens
     asked    (score, threshold) of each rule's gate
     acting   evaluated tensor rules whose effect lasts; ``rested``: steps closed when it last ended
+    probe_tokens  tokens read beside the response, by a baseline that asks for the answer (``baselines/``)
     """
 
     index: int
@@ -64,6 +65,7 @@ class RowState:
     asked: dict[str, tuple[float, float]] = field(default_factory=dict)
     acting: set[str] = field(default_factory=set)
     rested: dict[str, int] = field(default_factory=dict)
+    probe_tokens: int = 0
     _coins: dict[str, np.random.Generator] = field(default_factory=dict)
 
     @property
@@ -128,7 +130,7 @@ class RowState:
         since = self.full_steps if rule.forces else self.steps - self.rested.get(rule.name, self.steps - t.cooldown)
         if since is not None and since < t.cooldown:
             return False
-        return self.steps >= t.min_steps and len(self.tokens) > self.base
+        return self.steps >= t.min_steps and len(self.tokens) > self.base and len(self.tokens) >= t.min_tokens
 
     def window(self, rule: Rule) -> tuple[int, list[int]]:
         """First token a probe may see, and the bounds from there (leading 0, last = now).

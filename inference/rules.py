@@ -45,6 +45,7 @@ class Trigger:
     at_step     evaluated once, when this many thinking steps have closed (1 = after the first); takes no cooldown
     immediate   evaluated after every thinking token; otherwise only when a step closes
     min_steps   not evaluated before this many thinking steps have closed
+    min_tokens  not evaluated before this many response tokens (a budget, with always and immediate)
     cooldown    forced texts: full steps that must close after the last intervention's block, whichever rule made it (at
                 least one in effect: the window is empty at the block's end); others: steps after its own effect ended
     max         interventions per response; null: no limit
@@ -67,6 +68,7 @@ class Trigger:
     start: bool = False
     gate: str | float | None = None
     duration: int | None = None
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         named = [k for k in SOURCES if _given(getattr(self, k))]
@@ -79,13 +81,13 @@ class Trigger:
             raise UserError(f"random must be a probability between 0 and 1, got {self.random}")
         if isinstance(self.gate, int | float) and not 0 <= self.gate <= 1:
             raise UserError(f"gate must be a folder or a probability between 0 and 1, got {self.gate}")
-        low = {"at_step": 1, "min_steps": 0, "cooldown": 0, "max": 0, "consecutive": 1, "duration": 1}
+        low = {"at_step": 1, "min_steps": 0, "min_tokens": 0, "cooldown": 0, "max": 0, "consecutive": 1, "duration": 1}
         for key, least in low.items():
             value = getattr(self, key)
             if value is not None and value < least:
                 raise UserError(f"{key} must be at least {least}, got {value}")
-        if self.at_step is not None and (self.immediate or self.consecutive > 1):
-            raise UserError("at_step is evaluated once; remove immediate and consecutive")
+        if self.at_step is not None and (self.immediate or self.consecutive > 1 or self.min_tokens):
+            raise UserError("at_step is evaluated once; remove immediate, consecutive and min_tokens")
 
     @cached_property
     def source(self) -> str:
@@ -273,7 +275,7 @@ class Rule:
         return self.source in EVENTS or (self.forces and self.source == "always")
 
 
-_EVENT_KEYS = ("at_step", "immediate", "min_steps", "cooldown", "max", "consecutive", "duration")
+_EVENT_KEYS = ("at_step", "immediate", "min_steps", "min_tokens", "cooldown", "max", "consecutive", "duration")
 
 
 def wild_kind(text: str) -> str | None:

@@ -212,14 +212,15 @@ class SteeredModel:
         state, whose ``index`` is the prompt's place here. ``on_text(text, forced)`` streams and takes one row at a
         time; ``progress(done, total)`` is called after every batch. ``max_new_tokens`` counts forced tokens.
         ``strengths`` gives a factor for each prompt to the rules of strength ``per_row``. Raises UserError for what
-        cannot run, before the first token: a rule that waits for more steps than there can be tokens is such a thing.
+        cannot run, before the first token: a rule that waits for more than there can be tokens is such a thing.
         """
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         for rule in self.plan.rules:
-            if rule.evaluated and max(rule.trigger.min_steps, rule.trigger.at_step or 0) >= max_new_tokens:
+            t = rule.trigger
+            if rule.evaluated and max(t.min_steps, t.at_step or 0, t.min_tokens) >= max_new_tokens:
                 raise UserError(
-                    f"plan {self.plan.name}, rule {rule.name} can never fire: it waits for more steps than "
+                    f"plan {self.plan.name}, rule {rule.name} can never fire: it waits for more steps or tokens than "
                     f"max_new_tokens ({max_new_tokens}) leaves room for"
                 )
         size = 1 if on_text is not None else batch_size

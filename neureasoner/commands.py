@@ -173,12 +173,26 @@ COMMANDS: dict[str, Command] = {
         "evaluation.ablation",
         "ablate",
     ),
+    "combine": Command(
+        "switch parts of a plan on together and apart: effects, and whether one explains another",
+        "evaluation.combination_config",
+        "CombineConfig",
+        "evaluation.combination",
+        "combine",
+    ),
     "evaluation benchmark": Command(
         "write the problems of a benchmark: GSM8K, MATH500, AIME, GPQA, LiveCodeBench, or a file",
         "evaluation.benchmarks.config",
         "BenchmarkConfig",
         "evaluation.benchmarks.benchmark",
         "benchmark",
+    ),
+    "evaluation compare": Command(
+        "compare two evaluations: flipped problems, paired difference, p",
+        "evaluation.compare_config",
+        "CompareConfig",
+        "evaluation.compare",
+        "compare_runs",
     ),
     "evaluation show": Command(
         "look at an evaluation in the terminal: arms, filters, traces side by side",
@@ -200,6 +214,20 @@ COMMANDS: dict[str, Command] = {
         "DetailsConfig",
         "evaluation.viewer.details",
         "details",
+    ),
+    "evaluation runtime": Command(
+        "time a checkpoint: plain, watched at the same tokens, and free",
+        "evaluation.reproduce.config",
+        "RuntimeConfig",
+        "evaluation.reproduce.runtime",
+        "runtime",
+    ),
+    "reproduce": Command(
+        "a table of the paper: run its recipe, print ours beside the paper's",
+        "evaluation.reproduce.config",
+        "ReproduceConfig",
+        "evaluation.reproduce.reproduce",
+        "reproduce",
     ),
     "doctor": Command(
         "say what is installed and whether hooks fire", "floor_config", "DoctorConfig", "doctor", "doctor"

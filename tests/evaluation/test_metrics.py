@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from itertools import combinations
+from math import comb
 from statistics import mean
 
 import numpy as np
@@ -10,12 +12,18 @@ import pytest
 
 from neureasoner.evaluation.metrics import (
     Outcome,
+    answer_classes,
     compare,
+    cons_at_k,
+    costs,
     interval,
     majority,
+    pass_at_k,
     per_problem,
     resampled_means,
+    sign_flip_p,
     split_by,
+    subsets_of,
     summarise,
 )
 
@@ -89,7 +97,7 @@ def test_pairing_removes_what_both_share() -> None:
     assert c["accuracy_delta"] == 0 and c["accuracy_delta_ci"] == [0, 0] and not c["accuracy_excludes_zero"]
     assert c["tokens_relative"] == pytest.approx(-0.5)
     np.testing.assert_allclose(c["tokens_relative_ci"], [-0.5, -0.5])
-    assert c["tokens_excludes_zero"]
+    assert c["tokens_excludes_zero"] and c["accuracy_p"] == 1.0
 
 
 def test_paired_difference_agrees_with_a_plain_loop() -> None:
@@ -126,3 +134,83 @@ def test_majority() -> None:
     assert majority(["1", "2", "2.0"], equal) == "2"
     assert majority(["1", "2", None, None, None], equal) == "1", "ties go to the first, missing answers abstain"
     assert majority([None, None], equal) is None
+
+
+def test_cons_at_k_by_hand() -> None:
+    # Answers A B B - (missing): A is right. Pairs in order: AB AB A- BB B- B- ; a tie goes to the first seen.
+    # AB -> A, AB -> A, A- -> A, BB -> B, B- -> B, B- -> B: right in 3 of 6. Triples: ABB -> B, AB- -> A, AB- -> A,
+    # BB- -> B: 2 of 4. All four: B. One: A B B -: 1 of 4, the missing answer being wrong.
+    classes, correct = [[0, 1, 1, -1]], [[True, False, False, False]]
+    assert [cons_at_k(classes, correct, k)[0] for k in (1, 2, 3, 4)] == [0.25, 0.5, 0.5, 0.0]
+    # B first, A right: BA tie -> B. Pairs BA B- A-: only A- is right.
+    assert cons_at_k([[0, 1, -1]], [[False, True, False]], 2)[0] == pytest.approx(1 / 3)
+    assert list(cons_at_k([[-1, -1], [0, 0]], [[False, False], [True, True]], 2)) == [0.0, 1.0], "all abstain: wrong"
+    with pytest.raises(ValueError, match="a subset of 5 out of 4"):
+        cons_at_k(classes, correct, 5)
+
+
+def test_cons_at_k_agrees_with_votes_one_by_one() -> None:
+    rng = random.Random(3)
+    answers = [[rng.choice(["1", "1.0", "2", "3", None]) for _ in range(7)] for _ in range(5)]
+    equal = lambda a, b: float(a) == float(b)  # noqa: E731
+    classes = [answer_classes(row, equal) for row in answers]
+    correct = [[a is not None and float(a) == 1 for a in row] for row in answers]
+    for k in (1, 2, 4, 7):
+        expected = []
+        for row in answers:
+            votes = [majority(list(part), equal) for part in combinations(row, k)]
+            expected.append(mean(v is not None and float(v) == 1 for v in votes))
+        np.testing.assert_allclose(cons_at_k(classes, correct, k), expected)
+
+
+def test_subsets_are_seeded_and_near_all_of_them() -> None:
+    drawn = subsets_of(64, 16, 500, seed=1)
+    assert drawn.shape == (500, 16) and (np.diff(drawn, axis=1) > 0).all(), "no sample twice, in order of drawing"
+    np.testing.assert_array_equal(drawn, subsets_of(64, 16, 500, seed=1))
+    assert (drawn != subsets_of(64, 16, 500, seed=2)).any()
+    # 12 samples, 5 right (class 0), 7 spread over two wrong classes: the exact average over all 924 subsets of 6
+    row, right = [[0, 1, 0, 2, 1, 0, 2, 0, 1, 0, 2, 1]], [[c == 0 for c in (0, 1, 0, 2, 1, 0, 2, 0, 1, 0, 2, 1)]]
+    exact = cons_at_k(row, right, 6, subsets=924)[0]
+    assert cons_at_k(row, right, 6, subsets=900, seed=5)[0] == pytest.approx(exact, abs=0.05)
+    assert len(subsets_of(12, 6, 924)) == comb(12, 6) == 924
+
+
+def test_pass_at_k_by_hand() -> None:
+    # 1 right of 4: one sample 1/4; two: 1 - C(3,2)/C(4,2) = 1 - 3/6; four: 1. 2 of 4 at two: 1 - 1/6.
+    rows = [[True, False, False, False], [True, True, False, False], [False] * 4]
+    assert list(pass_at_k(rows, 1)) == [0.25, 0.5, 0.0]
+    np.testing.assert_allclose(pass_at_k(rows, 2), [0.5, 5 / 6, 0.0])
+    assert list(pass_at_k(rows, 4)) == [1.0, 1.0, 0.0]
+    with pytest.raises(ValueError, match="pass@8 needs at least 8"):
+        pass_at_k(rows, 8)
+
+
+def test_sign_flips_by_hand() -> None:
+    # Three problems gained: of 8 flips only +++ and --- reach a sum of 3: p = 2/8. Unmoved problems change nothing.
+    assert sign_flip_p(np.array([1.0, 1, 1])) == 0.25 == sign_flip_p(np.array([0.0, 1, 1, 1, 0]))
+    # +1 +1 -1: |sum| >= 1 always.
+    assert sign_flip_p(np.array([1.0, 1, -1])) == 1.0 == sign_flip_p(np.zeros(4))
+    # 1, .5, .25: only the two extreme ones of 8 reach 1.75.
+    assert sign_flip_p(np.array([1, 0.5, 0.25])) == 0.25
+    difference = np.array([1.0] * 9 + [-1.0] * 3)
+    exact = sign_flip_p(difference, draws=4096)
+    tail = 2 * sum(comb(12, i) for i in range(4)) / 4096  # 3 or fewer minus signs, or 3 or fewer plus signs
+    assert exact == pytest.approx(tail)
+    assert sign_flip_p(difference, draws=4000, seed=1) == pytest.approx(exact, abs=0.03), "drawn, not counted"
+
+
+def test_cost_by_hand() -> None:
+    rows = [
+        Outcome("a", "f", 1, 0, True, 10, seconds=2, forced=3, probe_tokens=8),
+        Outcome("a", "f", 1, 1, False, 10, seconds=4),
+        Outcome("b", "f", 1, 0, False, 10, seconds=5),
+        Outcome("b", "f", 1, 1, False, 10, seconds=5),
+    ]
+    found = costs(rows, 500)
+    # a: 3 s and half right, b: 5 s and never: 4 s a problem, 16 s a solved one
+    assert found["seconds_per_problem"] == 4 and found["seconds_per_solved"] == 16
+    assert found["seconds_per_solved_ci"] == [6.0, None], "twice a: 3 s for half a solution; twice b: no end"
+    assert found["forced_mean"] == 0.75 and found["probe_tokens_mean"] == 2
+    wrong = costs([Outcome("a", "f", 1, 0, False, 10, seconds=2)], 50)
+    assert wrong["seconds_per_solved"] is None and wrong["seconds_per_problem"] == 2
+    assert costs([Outcome("a", "f", 1, 0, True, 10)])["seconds_per_problem"] is None, "nobody took the time"

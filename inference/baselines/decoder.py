@@ -1,0 +1,72 @@
+"""What the baselines share that decide token by token: a ``SteeredModel`` whose ``Watch`` acts by code of its own.
+
+The plan of such a baseline names the texts it may force, so they are checked, logged and counted as every plan's are;
+when they are forced is the matter of its ``DecoderWatch`` (``_start``, ``_act``, ``_force``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar
+
+from neureasoner.inference.controller import Controller, Oracle, Watch
+from neureasoner.inference.plan import Plan
+from neureasoner.inference.rows import RowState
+from neureasoner.inference.rules import Rule
+from neureasoner.inference.steered import SteeredModel, unknown_oracles
+from neureasoner.inference.steering import SteeringRun
+
+
+class DecoderWatch(Watch):
+    """One generation under a baseline. ``decoder`` holds the settings; all that changes is here."""
+
+    def __init__(self, controller: DecoderController, rows: list[RowState], eos: set[int], run: SteeringRun | None):
+        super().__init__(controller, rows, eos, run)
+        self.decoder: Any = controller.decoder
+
+    def listening(self, prompt_ids: Sequence[Sequence[int]]) -> AbstractContextManager[Any]:
+        """Hooks of its own, for the time of the generation."""
+        return nullcontext()
+
+    def open_rows(self) -> list[tuple[int, RowState]]:
+        """Place and state of the rows still inside their thinking, nothing queued."""
+        return [(i, r) for i, r in enumerate(self.rows) if not r.done and not r.queue and r.thinking]
+
+    def force(self, row: RowState, rule: Rule, score: float = 1.0, threshold: float = 0.0) -> None:
+        """Queue a rule's text and log it."""
+        row.log(rule, score, threshold, suppressed=False)
+        row.fire(rule, self.controller.forced_ids[rule.name])
+
+
+class DecoderController(Controller):
+    """A decoder's plan made ready; its generations are ``DecoderWatch``es of the decoder's kind."""
+
+    def __init__(self, decoder: Decoder, record: Sequence[str] = ()):
+        self.decoder = decoder
+        oracles = unknown_oracles(decoder.plan)
+        super().__init__(decoder.model, decoder.tokenizer, decoder.plan, oracles=oracles, record=record)
+
+    def _watch(self, rows: list[RowState], eos: set[int], run: SteeringRun | None) -> Watch:
+        return self.decoder.kind(self, rows, eos, run)
+
+    @contextmanager
+    def watch(self, prompt_ids: Sequence[Sequence[int]], **how: Any) -> Iterator[Watch]:
+        """As in ``Controller``, with the hooks of the decoder's own."""
+        with super().watch(prompt_ids, **how) as watch:
+            assert isinstance(watch, DecoderWatch)
+            with watch.listening(prompt_ids):
+                yield watch
+
+
+class Decoder(SteeredModel):
+    """A baseline as a ``SteeredModel``: ``generate`` takes and gives the same. ``kind`` is its DecoderWatch."""
+
+    kind: ClassVar[type[DecoderWatch]]
+
+    def __init__(self, model: Any, tokenizer: Any, plan: Plan):
+        super().__init__(model, tokenizer, plan)
+
+    def controller(self, oracles: Mapping[str, Oracle] | None = None, record: Sequence[str] = ()) -> Controller:
+        """A controller for this baseline; it asks no oracles."""
+        return DecoderController(self, record)
