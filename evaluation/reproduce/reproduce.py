@@ -82,14 +82,12 @@ def sources(results: dict[str, dict[str, Any]]) -> list[str]:
     """How it was made, one line a stage."""
     lines = []
     for label, r in results.items():
-        said: list[str] = []
-        n = r.get("problems")
+        n = r.get("problems") or r.get("split", {}).get("test", {}).get("problems")
         n = n.get("n", n.get("test")) if isinstance(n, dict) else n
-        said += [f"{n} problems"] if n else []
+        said = [f"{n} test problems"] if n else []
         samples = r.get("seeds", {}).get("samples")
-        said += [f"{samples} samples each"] if samples else []
-        s = r.get("sampling", {})
-        if s:
+        said += [f"{samples} samples each" if samples > 1 else "one sample each"] if samples else []
+        if s := r.get("sampling"):
             said.append(f"temperature {s['temperature']}, top-p {s['top_p']}, at most {s['max_new_tokens']} tokens")
-        lines.append(f"- {label}: {'; '.join(said) or 'see its own report'}")
+        lines.append(f"- {label}: {'; '.join(said)}")
     return ["Made by", "", "```", command_line(), "```", "", *lines]

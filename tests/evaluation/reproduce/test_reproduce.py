@@ -35,6 +35,9 @@ def test_every_table_has_a_page_and_a_recipe(monkeypatch: Any) -> None:
         file = ROOT / "configs" / "recipes" / "tiny" / f"reproduce_{table}.yaml"
         stages = load_recipe(RunConfig(str(file)))[2]
         assert any(s.command is COMMANDS[command] for s in stages)
+        # probes fit refuses neurons that were chosen on another split
+        split = {s.settings["seed"] for s in stages if s.label.startswith(("probes locate", "probes fit", "probes of"))}
+        assert len(split) <= 1
 
 
 def test_the_papers_figures_are_those_its_text_speaks_of() -> None:
@@ -204,7 +207,7 @@ def test_table2_end_to_end(recipe: Callable[..., str], tmp_path: Path, capsys: A
     text = (tmp_path / "run" / "table2.md").read_text()
     assert done["file"] == str(tmp_path / "run" / "table2.md") and done["same"] is False
     assert text.strip() in capsys.readouterr().out
-    assert "**Another model.**" in text and "R1-Distill-Qwen-32B" in text and "6 problems" in text
+    assert "**Another model.**" in text and "R1-Distill-Qwen-32B" in text and "6 test problems; one sample each" in text
     full = next(a for a in read_json(tmp_path / "run" / "it" / "results.json")["arms"] if a["name"] == "all")
     assert f"{100 * full['accuracy']:.1f} [" in next(line for line in text.splitlines() if line.startswith("| full |"))
     from neureasoner.evaluation.combination import Combination
