@@ -200,7 +200,8 @@ def _turned(c: Mapping[str, Any] | None) -> str:
     """The accuracy difference of a comparison the other way round."""
     assert c is not None
     low, high = c["accuracy_delta_ci"]
-    return points({"accuracy_delta": -c["accuracy_delta"], "accuracy_delta_ci": [-high, -low]})
+    # 0 - 0 is 0, while -0 prints as -0.0
+    return points({"accuracy_delta": 0 - c["accuracy_delta"], "accuracy_delta_ci": [0 - high, 0 - low]})
 
 
 def figure5(found: Found) -> list[str]:

@@ -127,6 +127,8 @@ def test_ablation_and_windows(tmp_path: Path) -> None:
         "96.1 / 1345", "96.3 / 1318", "96.4 / 1328",
     ]  # fmt: skip
     assert rows["inter"][6:] == ["-10.0 points [-12.0, -9.0]"] * 2  # the comparison turned round
+    same = [{**c, "accuracy_delta": 0.0, "accuracy_delta_ci": [0.0, 0.0]} for c in r["comparisons"]]
+    assert page(table7, {"words": {**r, "comparisons": same}}, tmp_path)["intra"][6] == "+0.0 points [+0.0, +0.0]"
     with pytest.raises(UserError, match="has no arm intra_2"):
         page(table7, {"words": {**r, "arms": r["arms"][1:]}}, tmp_path)
 
