@@ -161,25 +161,6 @@ def choose_strength(tried: Mapping[float, Sequence[Outcome]]) -> float:
     return max(sorted(tried), key=lambda s: per_problem(tried[s]).accuracy.mean())
 
 
-def sign_flip_p(difference: np.ndarray, draws: int, seed: int) -> float:
-    """Two-sided p-value of a mean difference by problem ``[P]`` being 0: signs flipped at random, ``draws`` times."""
-    moved = difference[np.abs(difference) > 1e-12]
-    rng = np.random.default_rng([seed, 11])
-    least = abs(moved.sum()) - 1e-9
-    hits = 0
-    for start in range(0, draws, 1000):
-        signs = rng.integers(0, 2, size=(min(1000, draws - start), len(moved)), dtype=np.int8) * 2 - 1
-        hits += int((np.abs(signs @ moved) >= least).sum())
-    return (1 + hits) / (1 + draws)
-
-
-def compared(arm: Sequence[Outcome], against: Sequence[Outcome], config: AblateConfig) -> dict[str, Any]:
-    """``compare`` with the p-value of the accuracy difference."""
-    difference = per_problem(arm).accuracy - per_problem(against).accuracy
-    found = compare(arm, against, config.resamples, config.seed)
-    return {**found, "accuracy_p": sign_flip_p(difference, config.resamples, config.seed)}
-
-
 def gate_figures(ablation: Ablation, vanilla: Sequence[Outcome]) -> dict[str, Any]:
     """What the gate is worth on the test problems: a question fails if vanilla solves it too rarely."""
     from neureasoner.probes.detectors.metrics import bootstrap_draws, interval, weighted_auroc
@@ -254,7 +235,7 @@ def _run(ablation: Ablation) -> dict[str, Any]:
             strength[arm.name] = choose_strength(tried)
             for s, outs in tried.items():
                 tuning.append({"arm": arm.name, "strength": s, **summarise(outs, **how)})
-                tuning[-1] |= {"against_vanilla": compared(outs, plain, config), "chosen": s == strength[arm.name]}
+                tuning[-1] |= {"against_vanilla": compare(outs, plain, **how), "chosen": s == strength[arm.name]}
         rows = {VANILLA: ablation.run("test", None, 0.0, bar)}
         for arm in ablation.arms:
             chosen = strength.setdefault(arm.name, strength[FULL])
@@ -276,14 +257,14 @@ def _run(ablation: Ablation) -> dict[str, Any]:
             for name, outs in rows.items()
         ],
         "comparisons": [
-            {"arm": a, "against": b, **compared(rows[a], rows[b], config)}
+            {"arm": a, "against": b, **compare(rows[a], rows[b], **how)}
             for a, b in [(n, VANILLA) for n in rows if n != VANILLA]
             + [(FULL, n) for n in rows if n not in (FULL, VANILLA)]
         ],
         "tuning": {"vanilla": summarise(plain, **how), "tried": tuning, "tune": config.tune},
         "gate": gate_figures(ablation, rows[VANILLA]) if ablation.gate is not None else {},
         "intervals": {"level": LEVEL, "method": "percentile bootstrap over problems", "resamples": config.resamples},
-        "p_values": "two-sided, signs of the problems' differences flipped at random",
+        "p_values": "two-sided sign flips by problem; all are counted where there are no more than resamples",
         "seeds": {"sampling": config.seed, "samples": config.samples, "validation_samples": config.validation_samples},
         "sampling": {k: getattr(config, k) for k in ("temperature", "top_p", "max_new_tokens", "batch_size")},
         "problems": {"test": len(ablation.problems["test"]), "validation": len(ablation.problems["validation"])},

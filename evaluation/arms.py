@@ -5,18 +5,23 @@ Every arm answers the same problems with the same seeds, at the same sampling an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from neureasoner.data_builders.families import FAMILIES
+from neureasoner.data_builders.grading.answers import option_letter
 from neureasoner.errors import UserError
-from neureasoner.traces import Trace
+from neureasoner.traces import Problem, Trace
 
 if TYPE_CHECKING:
     from neureasoner.inference.plan import Plan
     from neureasoner.inference.steered import SteeredModel
 
 VANILLA, FULL, RANDOM, VOTE, NO_THINKING = "vanilla", "full", "random_trigger", "self_consistency", "no_thinking"
+BUDGET = 0.5  # a baseline's budget, as a share of vanilla's mean thinking
+_SHOWN = re.compile(r"^\(([A-J])\)\s", re.MULTILINE)  # an option, as the benchmarks' templates write it
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Arm:
     rules     rules of the plan to keep; ``all``, none, or names
     trigger   who pulls: ``probe`` (the chosen ones), ``paper`` (spectral only), ``random``, ``oracle``
     needs     arms measured first, because this one takes a number from them
+    baseline  how it decodes, a name of ``inference.baselines``; such an arm runs only when asked for by name
     """
 
     name: str
@@ -37,6 +43,12 @@ class Arm:
     nothinking: bool = False
     vote: bool = False
     needs: tuple[str, ...] = ()
+    baseline: str = ""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is stock generation of the base model, which a server can do as well."""
+        return self.model == "base" and not self.baseline
 
 
 ARMS: dict[str, Arm] = {
@@ -60,6 +72,16 @@ ARMS: dict[str, Arm] = {
             needs=(FULL, NO_THINKING),
         ),
         Arm("oracle_trigger", "all rules pulled by the exact judge: the ceiling", rules=("all",), trigger="oracle"),
+        *(
+            Arm(name, about, model="base", baseline=name, needs=needs)
+            for name, about, needs in (
+                ("budget_forcing", "the base model made to answer after half of vanilla's mean thinking", (VANILLA,)),
+                ("thinking_budget", "the base model's thinking closed after half of vanilla's mean", (VANILLA,)),
+                ("wait_penalty", "the base model without wait-like words", ()),
+                ("think_or_not", "the base model's thinking closed once its answers agree", ()),
+                ("alpha_one", "the base model made to think slowly, then fast (AlphaOne)", (VANILLA,)),
+            )
+        ),
     )
 }
 
@@ -78,8 +100,8 @@ def choose(
     """Arms to run, in an order in which needs come first, and why others are left out.
 
     ``plain``: the model is no steered checkpoint; ``exact``: the exact judge knows the problems; ``votable``: their
-    answers can be voted over (programs cannot). No names means all that can run. Raises UserError for an unknown arm,
-    or a named one that cannot run.
+    answers can be voted over (programs cannot). No names means all that can run but the baselines. Raises UserError for
+    an unknown arm, or a named one that cannot run.
     """
     rules, skipped, wanted = set(rules), {}, []
     for name in names:
@@ -100,12 +122,15 @@ def choose(
             return "the exact judge knows the generators' problems only"
         if arm.vote and not votable:
             return "programs have no majority"
+        if arm.baseline == "think_or_not" and not votable:
+            return "Think or Not has no recipe for programs"
         return ""
 
-    for name in names or ARMS:
+    for name in names or [a.name for a in ARMS.values() if not a.baseline]:
         reason = why_not(ARMS[name])
         if reason and names:
-            raise UserError(f"arm '{name}' cannot run: {reason}; leave it out{'' if plain else ' or assemble again'}")
+            again = "" if plain or ARMS[name].model == "base" else " or assemble again"
+            raise UserError(f"arm '{name}' cannot run: {reason}; leave it out{again}")
         if reason:
             skipped[name] = reason
         else:
@@ -168,6 +193,51 @@ def measured_rates(traces: Iterable[Trace], plan: Plan, tokenizer: Any) -> dict[
 def _alarmed(plan: Plan) -> list[str]:
     """Rules that force a text when an alarm says so: those whose trigger a coin or a judge can replace."""
     return [r.name for r in plan.rules if r.forces and r.evaluated]
+
+
+def options_of(problems: Sequence[Problem]) -> str:
+    """Such as ``ABCD`` where every problem asks for one of just these options; else nothing."""
+    found = {
+        "".join(_SHOWN.findall(p.question)) if p.family not in FAMILIES and option_letter(p.answer) else ""
+        for p in problems
+    }
+    letters = {shown[shown.rfind("A") :] for shown in found}  # the stem may have a list of its own
+    only = letters.pop() if len(letters) == 1 else ""
+    return only if len(only) > 1 and "ABCDEFGHIJ".startswith(only) else ""
+
+
+def thinking_of(vanilla: Iterable[Trace]) -> float:
+    """Mean thinking tokens of vanilla's run: N_think of core.md §5.2. Raises UserError where nothing was thought."""
+    lengths = [int(t.meta.get("thinking_tokens", 0)) for t in vanilla]
+    mean = sum(lengths) / max(len(lengths), 1)
+    if mean * BUDGET < 1:
+        raise UserError(
+            f"vanilla's responses have {mean:.1f} tokens of thinking on average, so none to shorten; leave out "
+            + ", ".join(a.name for a in ARMS.values() if a.baseline and VANILLA in a.needs)
+        )
+    return mean
+
+
+def baseline_settings(arm: Arm, problems: Sequence[Problem], thinking: float) -> dict[str, Any]:
+    """What a baseline is run with here (docs/evaluation.md). ``thinking``: of ``thinking_of``, where it needs vanilla.
+
+    The rule: AlphaOne's N_think is ``thinking``; a budget is half of it, rounded.
+    """
+    if arm.baseline == "think_or_not":
+        return {"options": options_of(problems)}
+    key = {"alpha_one": "n_think", "thinking_budget": "tokens", "budget_forcing": "budget"}.get(arm.baseline)
+    if key is None:
+        return {}
+    return {key: thinking if key == "n_think" else round(BUDGET * thinking)}
+
+
+def as_baseline(base: SteeredModel, arm: Arm, settings: Mapping[str, Any]) -> SteeredModel:
+    """The base model decoded as this arm's baseline. Never by ``with_plan``, which makes a plain SteeredModel."""
+    from neureasoner.data_builders.grading.grade import same_answer
+    from neureasoner.inference.baselines import baseline
+
+    more = {"same": same_answer} if arm.baseline == "think_or_not" else {}
+    return baseline(arm.baseline, base.model, base.tokenizer, **settings, **more)
 
 
 def with_rules(steered: SteeredModel, arm: Arm, rates: dict[str, float] | None = None) -> SteeredModel:

@@ -21,10 +21,19 @@ import numpy as np
 from neureasoner.artifacts import write_json, write_text
 from neureasoner.directions import INFO_FILE
 from neureasoner.errors import UserError
-from neureasoner.evaluation.ablation import Ablation, Steering, choose_strength, sign_flip_p
+from neureasoner.evaluation.ablation import Ablation, Steering, choose_strength
 from neureasoner.evaluation.combination_config import ALL, NONE, WITHOUT, CombineConfig
 from neureasoner.evaluation.combination_text import markdown
-from neureasoner.evaluation.metrics import LEVEL, Outcome, compare, interval, per_problem, resampled_means, summarise
+from neureasoner.evaluation.metrics import (
+    LEVEL,
+    Outcome,
+    compare,
+    interval,
+    per_problem,
+    resampled_means,
+    sign_flip_p,
+    summarise,
+)
 from neureasoner.evaluation.results import command_line, versions
 from neureasoner.inference.plan import PLAN_FILE, Plan, Rule
 from neureasoner.inference.plan_yaml import rule_from_dict
@@ -320,7 +329,7 @@ def _run(combination: Combination) -> dict[str, Any]:
         "tuning": tuning,
         "strengths": {r.name: r.strength.value for r in combination.whole.rules if not r.forces},
         "intervals": {"level": LEVEL, "method": "percentile bootstrap over problems", "resamples": config.resamples},
-        "p_values": "two-sided, signs of the problems' differences flipped at random",
+        "p_values": "two-sided sign flips by problem; all are counted where there are no more than resamples",
         "seeds": {"sampling": config.seed, "samples": config.samples, "validation_samples": config.validation_samples},
         "sampling": {k: getattr(config, k) for k in ("temperature", "top_p", "max_new_tokens", "batch_size")},
         "problems": {k: len(v) for k, v in combination.problems.items()},

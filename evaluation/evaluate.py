@@ -16,7 +16,19 @@ from neureasoner.data_builders.families import FAMILIES
 from neureasoner.data_builders.grading.verifier import MathVerifier
 from neureasoner.errors import UserError
 from neureasoner.evaluation import results as results_of
-from neureasoner.evaluation.arms import FULL, NO_THINKING, VANILLA, Arm, choose, measured_rates, votes, with_rules
+from neureasoner.evaluation.arms import (
+    FULL,
+    NO_THINKING,
+    VANILLA,
+    Arm,
+    as_baseline,
+    baseline_settings,
+    choose,
+    measured_rates,
+    thinking_of,
+    votes,
+    with_rules,
+)
 from neureasoner.evaluation.benchmarks.registry import BENCHMARKS
 from neureasoner.evaluation.config import CAP, MERGE, PAPER, EvaluateConfig, parse_shard
 from neureasoner.evaluation.markdown import markdown
@@ -43,9 +55,10 @@ class Evaluation:
         self.outcomes: dict[str, list[Outcome]] = {}
         self.extras: dict[str, Any] = {}
         self._loaded: dict[str, Any] = {}
+        self._thinking: float | None = None
 
     def model(self, kind: str) -> Any:
-        """``steered`` or ``base`` as a SteeredModel; the base may be a server instead."""
+        """``steered`` or ``base`` as a SteeredModel; ``served``: the base, by a server if there is one."""
         from neureasoner.inference.plan import Plan
         from neureasoner.inference.steered import SteeredModel
         from neureasoner.models import load
@@ -54,7 +67,9 @@ class Evaluation:
             device = self.config.device or None
             if kind == "steered":
                 self._loaded[kind] = SteeredModel.from_pretrained(self.config.model, device=device)
-            elif self.config.endpoint:
+            elif kind == "served" and not self.config.endpoint:
+                return self.model("base")
+            elif kind == "served":
                 from neureasoner.evaluation.served import Served
 
                 self._loaded[kind] = Served(self.config.endpoint, self.config.out, self.base)
@@ -75,6 +90,12 @@ class Evaluation:
             write_json(file, measured_rates(full, steered.plan, steered.tokenizer))
         return dict(read_json(file))
 
+    def thinking(self) -> float:
+        """Mean thinking tokens of vanilla, which has run."""
+        if self._thinking is None:
+            self._thinking = thinking_of(read_traces(Path(self.config.out) / "traces" / f"{VANILLA}.jsonl"))
+        return self._thinking
+
     def run_of(self, arm: Arm) -> ArmRun:
         """An arm made ready; takes its numbers from the arms that have run."""
         k, rates = 1, None
@@ -84,9 +105,16 @@ class Evaluation:
         if arm.trigger == "random":
             rates = self.extras["random_rates"] = self.rates()
 
+        settings: dict[str, Any] = {}
+        if arm.baseline:
+            settings = baseline_settings(arm, self.problems, self.thinking() if VANILLA in arm.needs else 0.0)
+            self.extras.setdefault("baselines", {})[arm.name] = settings
+
         def load() -> Any:
+            if arm.plain:
+                return self.model("served")
             model = self.model(arm.model)
-            return with_rules(model, arm, rates) if arm.model == "steered" else model
+            return as_baseline(model, arm, settings) if arm.baseline else with_rules(model, arm, rates)
 
         return ArmRun(arm, load, self.config, self.problems, k)
 
@@ -140,9 +168,11 @@ def _check_thinking(base: str, arms: list[Arm]) -> None:
     from neureasoner.models import load_tokenizer
     from neureasoner.steps import Separators
 
-    if any(a.nothinking for a in arms) and Separators.of(load_tokenizer(base)).think_close is None:
-        names = ", ".join(a.name for a in arms if a.nothinking)
-        raise UserError(f"{base}: its tokenizer knows no </think>, so there is no thinking to close; leave out {names}")
+    closing = [a.name for a in arms if a.nothinking or a.baseline not in ("", "wait_penalty")]
+    if closing and Separators.of(load_tokenizer(base)).think_close is None:
+        raise UserError(
+            f"{base}: its tokenizer knows no </think>, so there is no thinking to close; leave out {', '.join(closing)}"
+        )
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -175,9 +205,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     base = _base(config, card)
     if not base and any(a.model == "base" for a in arms):
         raise UserError(f"{config.model}: names no base model; give --base (the model before training, such as tiny)")
-    if card is None:
+    if card is None or any(a.baseline for a in arms):
         _check_thinking(base, arms)
-    if config.endpoint and not any(a.model == "base" for a in arms):
+    if any(a.baseline == "think_or_not" for a in arms):
+        MathVerifier()  # tells whether two answers are one; raises where math-verify is missing
+    if config.endpoint and not any(a.plain for a in arms):
         raise UserError("key 'endpoint' serves arms that need no hooks, and there is none among them; leave it out")
     checkpoint = [model / name for name in (PLAN, CARD, "stage.json")]
     given = [p for p in (config.probes_results, config.neurons, config.judge_results) if p]

@@ -88,7 +88,7 @@ def arm_result(
         "triggers_per_trace": sum(o.triggers for o in outcomes) / answers,
         "seconds": round(sum(o.seconds for o in outcomes), 2),
         "responses_per_answer": answers / len(outcomes),
-        "drawn_from": "server" if config.endpoint and ARMS[name].model == "base" else "here",
+        "drawn_from": "server" if config.endpoint and ARMS[name].plain else "here",
         **costs(outcomes, **how),
         **curves(outcomes, {p.id: p for p in problems}, **how),
         "by_family": split_by(outcomes, lambda o: o.family, **how),
@@ -197,7 +197,7 @@ def build(
     skipped: Mapping[str, str],
     extras: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The whole of ``results.json``. ``extras``: numbers that arms took from each other (coin rates, votes)."""
+    """The whole of ``results.json``. ``extras``: numbers that arms took from each other (rates, votes, budgets)."""
     return {
         "schema": SCHEMA,
         "arms": [arm_result(name, rows, config, problems) for name, rows in outcomes.items()],

@@ -58,7 +58,7 @@ def judged(trace: Trace) -> Labels:
     problem = trace.problem
     if problem.family in FAMILIES:
         return ExactJudge().judge(trace)
-    answer = grading.answer_of(problem, trace.response) if trace.finished else None
+    answer = grading.answer_of(problem, trace.response, final_number=True) if trace.finished else None
     return Labels(grading.grade(problem, answer), answer, IntraLabel(), InterLabel(), judge="answer")
 
 

@@ -7,6 +7,7 @@ math-verify (``verifier.py``).
 from __future__ import annotations
 
 import re
+from collections import deque
 
 _BRACES = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\(?:boxed|fbox)\s*(?P<bare>[^\s$\\{}]+)|\\.|[{}]", re.DOTALL)
 _HASHES = re.compile(r"(?:^|\n)####[ \t]*([^\s#][^\n]*?)\s*\Z")
@@ -26,6 +27,15 @@ _ANSWERED = re.compile(
 _OPTION = re.compile(r"(?i:option|choice)\s*[:=]?" + _PICKED)
 _ALONE = re.compile(r"[*_$\s]*\(?([A-J])\)?[.:]?[*_$\s]*")
 _LED = re.compile(r"\(?([A-J])(?:\)|[.:](?=\s))")
+# A number in running text. None: exponents, parts of words (m^2, m2, CO2). A minus after a value is no sign.
+_DIGITS = r"(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)(?<!\.)\.\d+"
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\]}%^.])[-\u2212])?(?:\\?\$(?P<inner>[-\u2212])?)?"
+    r"(?:\\[dt]?frac\{(?P<over>\d+)\}\{(?P<under>\d+)\}"
+    rf"|(?<![\w^])(?<!\^[-{{])(?<!\^\{{-)(?<!\d\.)(?P<value>{_DIGITS})(?:/(?P<below>\d+))?)",
+    re.ASCII,
+)
+_GOLD_NUMBER = re.compile(rf"[-+]?(?:{_DIGITS})")
 TESTS = "tests:"  # begins the gold answer of a program: the name of its test set
 MAX_ANSWER = 2000  # characters; longer "answers" are not answers
 TAIL = 600  # characters at the end of an answer part in which an unboxed answer is looked for
@@ -88,6 +98,25 @@ def whole_number(answer: str) -> int | None:
     if len(text) > 40 or not _WHOLE.fullmatch(text):
         return None
     return int(re.sub(r"[,{}]", "", text).split(".")[0])
+
+
+def is_number(gold: str) -> bool:
+    """Whether a gold answer is a number in figures: ``1,200.5``, ``-3``."""
+    return _GOLD_NUMBER.fullmatch(plain(gold)) is not None
+
+
+def last_number(text: str) -> str | None:
+    r"""The last number of a text without ``$``, commas and units: ``$1,200.50 a year`` -> ``1200.50``.
+
+    A fraction is one number (``1/2``, ``\frac{1}{2}``). None where there is none. Linear in the text.
+    """
+    last = deque(_NUMBER.finditer(text), maxlen=1)
+    if not last:
+        return None
+    found = last[0]
+    sign = "-" if found["sign"] or found["inner"] else ""
+    over, under = found["over"] or re.sub(r"[,{}]", "", found["value"]), found["under"] or found["below"]
+    return f"{sign}{over}/{under}" if under else sign + over
 
 
 def option_letter(answer: str, boxed: bool = True) -> str | None:

@@ -10,20 +10,33 @@ from importlib import import_module
 from typing import Any
 
 from neureasoner.data_builders.families import FAMILIES, extract_answer, score
-from neureasoner.data_builders.grading.answers import TESTS, chosen_option, final_answer, option_letter, quick
+from neureasoner.data_builders.grading.answers import (
+    TESTS,
+    chosen_option,
+    final_answer,
+    is_number,
+    last_number,
+    option_letter,
+    quick,
+)
 from neureasoner.data_builders.grading.verifier import MathVerifier
 from neureasoner.traces import THINK_CLOSE, Problem
 
 MAX_GIVEN = 300  # characters of a final answer; a longer one is none
+BOXED_ONLY = ("math500",)  # benchmarks that are graded by boxed answers alone (core.md §1.11)
 TIMEOUT = 5.0  # seconds of algebra for one answer
 
 _END = re.compile(r"(?:<\|[^|<>]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</s>|<end_of_turn>)\s*\Z")  # a trace's text ends with it
 _lock = threading.Lock()
 
 
-def answer_of(problem: Problem, response: str) -> str | None:
+def answer_of(problem: Problem, response: str, final_number: bool = False) -> str | None:
     r"""The answer a response gives after its thinking: as the problem's family reads it, else by its gold answer's
-    kind: a program, an option letter, or the last ``\boxed`` or what follows ``####``. None if there is none."""
+    kind: a program, an option letter, or the last ``\boxed`` or what follows ``####``. None if there is none.
+
+    ``final_number``: where nothing is marked and the gold answer is a number, the last number counts, but for MATH500
+    (core.md §1.11). So an evaluation reads; what is learnt from must be marked.
+    """
     if problem.family in FAMILIES:
         return extract_answer(response)
     said = _END.sub("", response.rpartition(THINK_CLOSE)[2])
@@ -33,7 +46,11 @@ def answer_of(problem: Problem, response: str) -> str | None:
     if option_letter(problem.answer) is not None:
         return chosen_option(said)
     answer, marked = final_answer(said)
-    return answer if marked else None
+    if marked:
+        return answer
+    # a box that was never closed holds no answer either
+    counts = final_number and is_number(problem.answer) and problem.family not in BOXED_ONLY
+    return last_number(said) if counts and "\\boxed" not in said else None
 
 
 def _programs() -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from neureasoner.artifacts import read_json
 from neureasoner.data_builders.problem_file import make_problems
 from neureasoner.directions import Direction
 from neureasoner.errors import UserError
-from neureasoner.evaluation.ablation import Ablation, ablate, arms_of, choose_strength, sign_flip_p
+from neureasoner.evaluation.ablation import Ablation, ablate, arms_of, choose_strength
 from neureasoner.evaluation.ablation_config import AblateConfig
 from neureasoner.evaluation.metrics import Outcome
 from neureasoner.inference.plan import Plan
@@ -32,18 +31,6 @@ def test_the_best_strength_and_of_equals_the_weakest() -> None:
     tried = {1.0: outcomes(0.5), 0.3: outcomes(0.7), 0.1: outcomes(0.7), 0.5: outcomes(0.6)}
     assert choose_strength(tried) == 0.1
     assert choose_strength(tried | {2.0: outcomes(0.8)}) == 2.0
-
-
-@pytest.mark.parametrize("difference", [[0.5, 0.25, -0.125, 0.0, 0.5], [0.1, 0.1, 0.1, 0.1], [0.2, -0.2]])
-def test_sign_flips_equal_all_flips_counted(difference: list[float]) -> None:
-    d = np.array(difference)
-    exact = np.mean([abs(np.dot(s, d)) >= abs(d.sum()) - 1e-9 for s in product((1, -1), repeat=len(d))])
-    assert sign_flip_p(d, 20_000, 0) == pytest.approx(exact, abs=0.015)
-    assert sign_flip_p(-d, 20_000, 0) == sign_flip_p(d, 20_000, 0)
-
-
-def test_no_difference_has_p_one() -> None:
-    assert sign_flip_p(np.zeros(5), 100, 0) == 1.0
 
 
 @pytest.fixture(scope="session")

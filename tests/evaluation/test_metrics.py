@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import combinations
+from itertools import combinations, product
 from math import comb
 from statistics import mean
 
@@ -197,6 +197,14 @@ def test_sign_flips_by_hand() -> None:
     tail = 2 * sum(comb(12, i) for i in range(4)) / 4096  # 3 or fewer minus signs, or 3 or fewer plus signs
     assert exact == pytest.approx(tail)
     assert sign_flip_p(difference, draws=4000, seed=1) == pytest.approx(exact, abs=0.03), "drawn, not counted"
+
+
+@pytest.mark.parametrize("difference", [[0.5, 0.25, -0.125, 0.0, 0.5], [0.1, 0.1, 0.1, 0.1], [0.2, -0.2]])
+def test_sign_flips_equal_all_flips_in_a_loop(difference: list[float]) -> None:
+    d = np.array(difference)
+    exact = np.mean([abs(np.dot(s, d)) >= abs(d.sum()) - 1e-9 for s in product((1, -1), repeat=len(d))])
+    counted = sign_flip_p(d, 20_000)
+    assert counted == pytest.approx(exact) and counted == sign_flip_p(-d, 20_000)
 
 
 def test_cost_by_hand() -> None:

@@ -248,6 +248,16 @@ def test_headline_says_no_more_than_the_intervals(accuracy: Any, tokens: Any, wo
     assert words in headline({"comparisons": [row], "arms": []})
 
 
+def test_headline_without_a_comparison_is_a_figure_with_its_intervals() -> None:
+    arm = {"name": "vanilla", "accuracy": 0.62, "accuracy_ci": [0.581, 0.659]}
+    arm |= {"tokens_mean": 812.4, "tokens_ci": [790.0, 834.0]}
+    said = "62.0% right [58.1, 65.9], 812 tokens an answer [790, 834]."
+    assert headline({"comparisons": [], "arms": [arm]}) == f"vanilla: {said}"
+    other = {"name": "no_thinking", "accuracy": 0.5, "accuracy_ci": [0, 1], "tokens_mean": 1, "tokens_ci": [1, 2]}
+    assert headline({"comparisons": [], "arms": [other, arm]}) == f"vanilla: {said}"
+    assert headline({"comparisons": [], "arms": [arm | {"name": "full"}]}) == f"full: {said}"
+
+
 def test_terminal_ending(folder: Any) -> None:
     console = Console(file=io.StringIO(), width=140, force_terminal=True, highlight=False)
     show(folder, 3, console)

@@ -83,6 +83,24 @@ def test_vanilla_from_a_server(
     }, "each (problem, sample) was asked once, with the seed it has in every arm"
 
 
+def test_a_baseline_needs_hooks_so_it_runs_here(
+    serve: Callable[..., str], settings: Callable[..., Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    url = serve([["one"], "First I think for quite a while.\n\nThen I stop.\n</think>\n\nSo \\boxed{1}."])
+    asked = {
+        "model": str(checkpoint / "base"), "problems": problems(tmp_path / "b", [("one?", "1")]),
+        "arms": ["vanilla", "thinking_budget"], "endpoint": {"model": "tiny", "base_url": url},
+    }  # fmt: skip
+    evaluate(settings(**asked))
+    found = read_json(tmp_path / "out" / "results.json")
+    assert {a["name"]: a["drawn_from"] for a in found["arms"]} == {"vanilla": "server", "thinking_budget": "here"}
+    [vanilla] = read_traces(tmp_path / "out" / "traces" / "vanilla.jsonl")
+    assert found["baselines"]["thinking_budget"]["tokens"] == round(vanilla.meta["thinking_tokens"] / 2) > 2
+    assert len(calls(tmp_path)) == 1
+    with pytest.raises(UserError, match="serves arms that need no hooks, and there is none among them"):
+        evaluate(settings(**(asked | {"arms": ["wait_penalty"], "out": str(tmp_path / "other")})))
+
+
 def test_what_the_ledger_holds_is_not_asked_again(
     serve: Callable[..., str], settings: Callable[..., Any], tmp_path: Path
 ) -> None:

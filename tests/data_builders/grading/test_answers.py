@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,9 @@ from hypothesis import strategies as st
 from neureasoner.data_builders.grading.answers import (
     final_answer,
     gold_answer,
+    is_number,
     last_boxed,
+    last_number,
     option_letter,
     quick,
     whole_number,
@@ -61,6 +65,54 @@ def test_not_whole_numbers(text: str) -> None:
 def test_whole_numbers_in_any_writing(n: int) -> None:
     for text in (str(n), f"{n:,}", f"{n}.0", f"${n}$", f"\\text{{{n}}}"):
         assert whole_number(text) == n
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("So, the answer is 4.", "4"),
+        ("$1,200.50", "1200.50"),
+        (r"\$1{,}200", "1200"),
+        ("-3", "-3"),
+        ("\u22123", "-3"),
+        ("-$5 or $-6$", "-6"),
+        ("no number", None),
+        ("", None),
+        ("It weighs 5kg.", "5"),
+        ("72 km/h", "72"),
+        ("25 cm^2", "25"),
+        ("25 m2 of CO2", "25"),
+        ("25 m^{2}, 4 s^{-1}", "4"),
+        ("50%", "50"),
+        ("3 + 4 = 7, so 7 dollars, not 8", "8"),
+        ("10-3", "3"),
+        ("5 - 3", "3"),
+        ("from 5 to -3.", "-3"),
+        ("**4**", "4"),
+        ("the answer is...4", "4"),
+        ("2.5.", "2.5"),
+        (".5", ".5"),
+        ("1/2 cup", "1/2"),
+        (r"-\frac{1}{2}", "-1/2"),
+        ("5, 6", "6"),
+        ("1,200,50", "50"),
+        ("x_1 and H2O", None),
+    ],
+)
+def test_last_numbers(text: str, number: str | None) -> None:
+    assert last_number(text) == number
+
+
+@given(st.decimals(-(10**9), 10**9, places=2))
+def test_last_numbers_in_any_writing(x: Decimal) -> None:
+    for text in (f"First 1, then {x:,} m.", f"{x}", f"It is {x:,}.", f"so **{x}**", f"= {x:,}%\n"):
+        assert Decimal(last_number(text) or "none") == x
+
+
+@pytest.mark.parametrize(("gold", "number"), [("1,200.5", True), ("-3", True), ("$18$", True), ("1/2", False),
+    ("x", False), ("12 apples", False), ("", False), ("(3, 4)", False), ("3,4", False)])  # fmt: skip
+def test_golds_that_are_numbers(gold: str, number: bool) -> None:
+    assert is_number(gold) is number
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -21,6 +23,30 @@ FREE = Problem("m", "math", 1, "?", "\\frac{1}{2}")
 ])  # fmt: skip
 def test_a_free_answer_must_be_marked(response: str, answer: str | None) -> None:
     assert answer_of(FREE, response) == answer
+
+
+NUMBER = Problem("g", "gsm8k", 1, "?", "4")
+
+
+@pytest.mark.parametrize(("response", "answer"), [
+    ("So, the answer is 4.", "4"), ("It is 7.</think>\n\nSo, the answer is **4**.<|im_end|>", "4"),
+    ("I have 9, so \\boxed{4}, not 5", "4"), ("#### 4", "4"), ("#### Step 2\n\nIt is 4 apples.", "4"),
+    ("It is 4.</think>\n\nno number", None), ("</think>\\boxed{4", None), ("</think>", None),
+])  # fmt: skip
+def test_of_an_unmarked_answer_the_final_number_counts(response: str, answer: str | None) -> None:
+    assert answer_of(NUMBER, response, final_number=True) == answer
+    assert grade(NUMBER, answer_of(NUMBER, response, final_number=True)) == (answer is not None)
+
+
+def test_the_final_number_counts_where_the_gold_answer_is_one() -> None:
+    final_number = partial(answer_of, final_number=True)
+    said = "It is 1/2, that is, 0.5."
+    assert final_number(replace(NUMBER, answer="0.50"), said) == "0.5" and grade(replace(NUMBER, answer="0.50"), "0.5")
+    assert final_number(FREE, said) is None and final_number(replace(NUMBER, answer="tests:x"), said) is None
+    assert final_number(replace(NUMBER, family="math500"), "It is 4.") is None, "graded by what is boxed"
+    assert answer_of(NUMBER, "It is 4.") is None, "only where it is asked for"
+    assert not grade(replace(NUMBER, answer="2"), final_number(NUMBER, "It is 1/2.")), "no part of a fraction"
+    assert grade(replace(NUMBER, answer="1,200.5"), final_number(NUMBER, "She pays $1,200.50."))
 
 
 def test_free_answers_are_compared_as_mathematics() -> None:

@@ -1,0 +1,178 @@
+"""Training-free baselines as arms: what they are run with, what is counted, whom they are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neureasoner.artifacts import read_json
+from neureasoner.data_builders.grading.grade import same_answer
+from neureasoner.errors import UserError
+from neureasoner.evaluation.arms import ARMS, as_baseline, baseline_settings, choose, options_of, thinking_of
+from neureasoner.evaluation.config import EvaluateConfig
+from neureasoner.evaluation.evaluate import evaluate
+from neureasoner.evaluation.runner import judged
+from neureasoner.inference.baselines.decoder import Decoder
+from neureasoner.inference.plan import Plan
+from neureasoner.inference.steered import SteeredModel
+from neureasoner.models import load
+from neureasoner.traces import Problem, Trace, read_traces, write_rows
+
+BASELINES = [a.name for a in ARMS.values() if a.baseline]
+RULES = {
+    "budget_forcing": {"close", "stub"},
+    "thinking_budget": {"budget"},
+    "wait_penalty": {"wait_penalty"},
+    "think_or_not": {"sure"},
+    "alpha_one": {"slow", "fast"},
+}
+CAP = 72
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Vanilla and every baseline on the plain base model, run once."""
+    out = tmp_path_factory.mktemp("baselines") / "out"
+    config = EvaluateConfig(
+        str(checkpoint / "base"),
+        str(checkpoint / "data" / "problems.jsonl"),
+        str(out),
+        arms=list(RULES),  # vanilla is needed, so it runs as well
+        max_new_tokens=CAP,
+        batch_size=4,
+        temperature=1.0,
+        resamples=200,
+        device="cpu",
+        show_examples=0,
+    )
+    evaluate(config)
+    return out
+
+
+@pytest.mark.parametrize("name", list(RULES))
+def test_a_baseline_runs_and_all_its_tokens_are_counted(run: Path, name: str) -> None:
+    arm = next(a for a in read_json(run / "results.json")["arms"] if a["name"] == name)
+    traces = read_traces(run / "traces" / f"{name}.jsonl")
+    assert len(traces) == arm["n_problems"] == 6
+    mean = lambda values: pytest.approx(sum(values) / len(traces))  # noqa: E731
+    assert arm["tokens_mean"] == mean([len(t.response_ids) if t.finished else CAP for t in traces])
+    assert arm["forced_mean"] == mean([len(t.meta["forced"]) for t in traces])
+    assert arm["probe_tokens_mean"] == mean([t.meta["probe_tokens"] for t in traces])
+    assert {e["rule"] for t in traces for e in t.events} <= RULES[name]
+    assert (arm["forced_mean"] > 0) == any(t.events for t in traces if name != "wait_penalty")
+    assert (arm["probe_tokens_mean"] > 0) == (name == "think_or_not")
+    if name in ("budget_forcing", "thinking_budget", "alpha_one"):
+        assert arm["forced_mean"] > 0 and arm["triggers_per_trace"] > 0
+    for t in traces:
+        assert not t.meta["forced"] or max(t.meta["forced"]) < len(t.response_ids)
+
+
+def test_budgets_are_taken_from_vanillas_thinking(run: Path) -> None:
+    found = read_json(run / "results.json")
+    assert found["arms"][0]["name"] == "vanilla" and len(found["arms"]) == 1 + len(RULES)
+    lengths = [t.meta["thinking_tokens"] for t in read_traces(run / "traces" / "vanilla.jsonl")]
+    mean = sum(lengths) / len(lengths)
+    half = round(mean / 2)
+    assert found["baselines"] == {
+        "alpha_one": {"n_think": pytest.approx(mean)},
+        "thinking_budget": {"tokens": half},
+        "budget_forcing": {"budget": half},
+        "wait_penalty": {},
+        "think_or_not": {"options": ""},
+    }
+    for name in ("budget_forcing", "thinking_budget"):
+        for t in read_traces(run / "traces" / f"{name}.jsonl"):
+            assert all(e["token"] >= half for e in t.events), "not before the budget"
+    assert {(c["arm"], c["against"]) for c in found["comparisons"]} == {(name, "vanilla") for name in RULES}
+    text = (run / "results.md").read_text()
+    assert "verdict" not in text and "Against vanilla, alpha_one" in text and "**vanilla: " in text
+
+
+def test_a_baseline_draws_what_vanilla_draws_until_it_steps_in(run: Path) -> None:
+    plain = {t.problem.id: t.response_ids for t in read_traces(run / "traces" / "vanilla.jsonl")}
+    for name in ("budget_forcing", "thinking_budget", "alpha_one", "think_or_not"):
+        for t in read_traces(run / "traces" / f"{name}.jsonl"):
+            until = min(t.meta["forced"], default=len(t.response_ids))
+            assert t.response_ids[:until] == plain[t.problem.id][:until], name
+
+
+def test_decoders_stay_decoders(checkpoint: Path) -> None:
+    base = SteeredModel(*load(str(checkpoint / "base"), device="cpu"), Plan("none"))
+    settings = {name: baseline_settings(ARMS[name], [], 40.0) for name in BASELINES}
+    made = {name: as_baseline(base, ARMS[name], settings[name]) for name in BASELINES}
+    assert {n for n, m in made.items() if isinstance(m, Decoder)} == {"budget_forcing", "think_or_not", "alpha_one"}
+    assert made["budget_forcing"].budget == made["thinking_budget"].plan.rules[0].trigger.min_tokens == 20
+    assert made["alpha_one"].moment == pytest.approx(1.4 * 40) and made["think_or_not"].same is same_answer
+    assert all(m.model is base.model for m in made.values()), "the weights are shared"
+
+
+def test_baselines_run_only_when_named_and_where_they_can() -> None:
+    assert list(RULES) == BASELINES
+    assert not {a.name for a in choose([], ["intra"], True)[0]} & set(RULES)
+    arms, _ = choose(["alpha_one", "wait_penalty"], [], False, plain=True)
+    assert [a.name for a in arms] == ["vanilla", "wait_penalty", "alpha_one"]
+    with pytest.raises(UserError, match=r"arm 'think_or_not' cannot run: .* no recipe for programs; leave it out$"):
+        choose(["think_or_not"], [], False, votable=False)
+    assert [a.name for a in choose(["wait_penalty"], [], False, votable=False)[0]] == ["wait_penalty"]
+
+
+def choice(question: str = "Which?\n\n(A) one\n(B) two\n(C) three\n\nSay it.", answer: str = "B") -> Problem:
+    return Problem("q", "quiz", 1, question, answer)
+
+
+@pytest.mark.parametrize(("problems", "letters"), [
+    ([choice(), choice(answer="A")], "ABC"), ([], ""), ([choice(), choice("2 + 2?", "4")], ""),
+    ([choice(), choice("Which?\n(A) one\n(B) two")], ""),  # not the same options
+    ([choice("Of\n(A) this\n(B) that\nwhich?\n\n(A) one\n(B) two")], "AB"),  # the stem has a list of its own
+    ([choice(answer="4")], ""), ([choice("Which letter?", "C")], ""), ([choice("(B) a\n(C) b")], ""),
+])  # fmt: skip
+def test_options_of_the_problems(problems: list[Problem], letters: str) -> None:
+    assert options_of(problems) == letters
+    assert baseline_settings(ARMS["think_or_not"], problems, 0.0) == {"options": letters}
+
+
+def test_options_are_asked_for_by_letter(settings: Callable[..., EvaluateConfig], checkpoint: Path) -> None:
+    shown = "\n".join(f"({c}) {w}" for c, w in zip("ABCD", ("one", "two", "three", "four"), strict=True))
+    file = Path(settings().out).parent / "options.jsonl"
+    write_rows(file, [Problem(f"g{i}", "gpqa_diamond", 1, f"Which, {i}?\n\n{shown}", "B") for i in range(2)])
+    done = settings(model=str(checkpoint / "base"), problems=str(file), arms=["think_or_not"], show_examples=0)
+    evaluate(done)
+    found = read_json(Path(done.out) / "results.json")
+    assert found["baselines"] == {"think_or_not": {"options": "ABCD"}}
+    assert [a["name"] for a in found["arms"]] == ["think_or_not"] and found["arms"][0]["probe_tokens_mean"] > 0
+
+
+def trace(**changes: Any) -> Trace:
+    fixed: dict[str, Any] = {"id": "t", "problem": Problem("g", "gsm8k", 1, "?", "4"), "prompt_ids": [1]}
+    fixed |= {"response_ids": [2], "response": "", "steps": [], "finished": True}
+    return Trace(**(fixed | changes))
+
+
+def test_without_thinking_there_is_no_budget() -> None:
+    assert thinking_of([trace(meta={"thinking_tokens": n}) for n in (10, 20)]) == 15.0
+    for lengths in ([], [0, 1]):
+        with pytest.raises(UserError, match="leave out budget_forcing, thinking_budget, alpha_one"):
+            thinking_of([trace(meta={"thinking_tokens": n}) for n in lengths])
+
+
+def test_an_unmarked_number_counts_unless_it_is_cut_off() -> None:
+    said = "So 7.\n</think>\n\nThe answer is 4."
+    assert judged(trace(response=said)).correct and judged(trace(response=said)).answer == "4"
+    cut = judged(trace(response=said, finished=False))
+    assert not cut.correct and cut.answer is None
+
+
+def test_a_model_without_thinking_is_refused(
+    settings: Callable[..., EvaluateConfig], monkeypatch: pytest.MonkeyPatch, checkpoint: Path
+) -> None:
+    from neureasoner.steps import Separators
+
+    class Nothing:
+        think_close = None
+
+    monkeypatch.setattr(Separators, "of", lambda tokenizer: Nothing())
+    with pytest.raises(UserError, match=r"no thinking to close; leave out think_or_not, alpha_one$"):
+        evaluate(settings(model=str(checkpoint / "base"), arms=["alpha_one", "wait_penalty", "think_or_not"]))
