@@ -30,7 +30,9 @@ class EvaluateConfig:
     model: str = field(metadata={"help": "steered checkpoint, or a plain model for arms that need none"})
     problems: str = field(metadata={"help": "problem file (jsonl: id, family, difficulty, question, answer)"})
     out: str = field(metadata={"help": "folder for results.json, traces/, figures/ and report.html"})
-    arms: list[str] = field(default_factory=list, metadata={"help": "arms to run, comma separated; none = all"})
+    arms: list[str] = field(
+        default_factory=list, metadata={"help": "arms to run, comma separated; none = all but the baselines"}
+    )
     samples: int = field(default=1, metadata={"help": "responses per problem and arm"})
     seed: int = field(default=0, metadata={"help": "first seed; sample s of batch b has the same seed in every arm"})
     max_new_tokens: int = field(

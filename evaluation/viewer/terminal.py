@@ -101,9 +101,12 @@ def side(trace: Trace, limits: Mapping[str, float], width: int, console: Console
     lines.append(Text(("-" if plain else "─") * width, style="dim"))
     text, found = coloured(trace), marks(trace)
     end = trace.steps[-1].char_end if trace.steps else 0
-    pieces = [(s.char_start, s.char_end) for s in trace.steps] + [(end, len(text.plain))]
-    for i, (a, b) in enumerate(pieces):
-        piece = text[a : min(b, len(text.plain))] if a < len(text.plain) else Text()
+    size = len(text.plain)
+    starts = [min(s.char_start, size) for s in trace.steps] + [min(end, size)]
+    cuts = sorted({*starts, *(min(s.char_end, size) for s in trace.steps)})
+    part_at = dict(zip([0, *cuts], text.divide(cuts), strict=True))  # text[a:b] copies all of it
+    for i, start in enumerate(starts):
+        piece = part_at[start]
         piece.rstrip()
         if not piece.plain.strip():
             continue
