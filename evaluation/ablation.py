@@ -114,14 +114,11 @@ class Ablation:
     def scores(self, part: str) -> np.ndarray:
         """The gate's scores of the questions of a part, in order ``[P]``."""
         from neureasoner.inference.steered import encode_prompt
-        from neureasoner.probes.detectors.gate import question_values
+        from neureasoner.probes.detectors.gate import gate_scores
 
         assert self.gate is not None
-        self.gate.check(self.plain.model)
         prompts = [encode_prompt(self.plain.tokenizer, p) for p in self.problems[part]]
-        return self.gate.predict_proba(
-            question_values(self.plain.model, self.gate.channels, prompts, self.config.batch_size)
-        )
+        return gate_scores(self.gate, self.plain.model, prompts, self.config.batch_size)
 
     def run(self, part: str, arm: Steering | None, strength: float, bar: Any) -> list[Outcome]:
         """Outcomes of an arm (None: vanilla) at a strength, generated as far as they are not there yet."""

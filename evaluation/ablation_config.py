@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from neureasoner.errors import UserError
+from neureasoner.evaluation.config import check_numbers
 
 TRIGGERS = ("decode", "always", "boundary")
 ACTIONS = ("add", "add_keep_norm")
@@ -63,11 +64,8 @@ class AblateConfig:
         for name in self.variants:
             if name in RESERVED or not name.replace("_", "").isalnum():
                 raise UserError(f"key 'variants': '{name}' is no name for an arm; use letters and _, and none of ours")
-        for key in ("validation_samples", "samples", "max_new_tokens", "batch_size", "resamples"):
-            if getattr(self, key) < 1:
-                raise UserError(f"key '{key}' must be at least 1, got {getattr(self, key)}")
-        for key in ("limit", "temperature", "seed"):
-            if getattr(self, key) < 0:
-                raise UserError(f"key '{key}' must not be negative, got {getattr(self, key)}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"key 'top_p' must lie in (0, 1], got {self.top_p}")
+        check_numbers(
+            self,
+            positive=("validation_samples", "samples", "max_new_tokens", "batch_size", "resamples"),
+            not_negative=("limit", "temperature", "seed"),
+        )

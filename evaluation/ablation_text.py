@@ -5,31 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from neureasoner.evaluation.cells import header, interval, p_of, row
 from neureasoner.evaluation.verdict import comparison, percent, points
 
 FEW = 8  # seeds below which a table says so
 
 
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _header(*cells: str) -> list[str]:
-    return [_row(*cells), "|" + "---|" * len(cells)]
-
-
-def _interval(value: float, ends: Any, scale: float = 100.0, digits: int = 1) -> str:
-    low, high = ends
-    return f"{scale * value:.{digits}f} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
-
-
-def _p(c: Mapping[str, Any]) -> str:
-    return f"p {'<' if c['accuracy_p'] < 0.001 else '='} {max(c['accuracy_p'], 0.001):.3f}"
-
-
 def arms_table(results: Mapping[str, Any]) -> list[str]:
     """Every arm with its intervals, against vanilla and against full."""
-    lines = _header(
+    lines = header(
         "arm",
         "strength",
         "steered, %",
@@ -43,15 +27,15 @@ def arms_table(results: Mapping[str, Any]) -> list[str]:
         c, d = comparison(results, a["name"], "vanilla"), comparison(results, "full", a["name"])
         d = None if a["name"] == "vanilla" else d
         lines.append(
-            _row(
+            row(
                 a["name"],
                 f"{a['strength']:g}" if a["strength"] else "–",
                 f"{100 * a['steered']:.0f}",
-                _interval(a["accuracy"], a["accuracy_ci"]),
-                _interval(a["tokens_mean"], a["tokens_ci"], 1, 0),
+                interval(a["accuracy"], a["accuracy_ci"]),
+                interval(a["tokens_mean"], a["tokens_ci"], 1, 0),
                 f"{100 * a['truncated']:.1f}",
-                f"{points(c)}, {_p(c)}; {percent(c)}" if c else "–",
-                f"{points(d)}, {_p(d)}" if d else "–",
+                f"{points(c)}, {p_of(c)}; {percent(c)}" if c else "–",
+                f"{points(d)}, {p_of(d)}" if d else "–",
             )
         )
     return lines
@@ -59,13 +43,13 @@ def arms_table(results: Mapping[str, Any]) -> list[str]:
 
 def tuning_table(results: Mapping[str, Any]) -> list[str]:
     """Accuracy on validation problems at every strength that was tried."""
-    lines = _header("arm", "strength", "accuracy, %", "against vanilla", "")
+    lines = header("arm", "strength", "accuracy, %", "against vanilla", "")
     plain = results["tuning"]["vanilla"]
-    lines.append(_row("vanilla", "–", _interval(plain["accuracy"], plain["accuracy_ci"]), "–", ""))
+    lines.append(row("vanilla", "–", interval(plain["accuracy"], plain["accuracy_ci"]), "–", ""))
     for t in results["tuning"]["tried"]:
         c = t["against_vanilla"]
-        accuracy = _interval(t["accuracy"], t["accuracy_ci"])
-        lines.append(_row(t["arm"], f"{t['strength']:g}", accuracy, points(c), "chosen" if t["chosen"] else ""))
+        accuracy = interval(t["accuracy"], t["accuracy_ci"])
+        lines.append(row(t["arm"], f"{t['strength']:g}", accuracy, points(c), "chosen" if t["chosen"] else ""))
     return lines
 
 
@@ -93,9 +77,9 @@ def verdict(results: Mapping[str, Any]) -> str:
     c = comparison(results, "full", "vanilla")
     assert c is not None
     if not c["accuracy_excludes_zero"]:
-        return f"No difference in accuracy between full and vanilla is shown: {points(c)}, {_p(c)}; {percent(c)}."
+        return f"No difference in accuracy between full and vanilla is shown: {points(c)}, {p_of(c)}; {percent(c)}."
     more = "more" if c["accuracy_delta"] > 0 else "less"
-    return f"Full is {more} often right than vanilla: {points(c)}, {_p(c)}; {percent(c)}."
+    return f"Full is {more} often right than vanilla: {points(c)}, {p_of(c)}; {percent(c)}."
 
 
 def markdown(results: Mapping[str, Any]) -> str:

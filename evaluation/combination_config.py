@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from neureasoner.errors import UserError
+from neureasoner.evaluation.config import check_numbers
 
 ARMS = ("whole", "minus", "factorial")
 NONE, ALL, WITHOUT = "none", "all", "without_"
@@ -66,14 +67,11 @@ class CombineConfig:
                 raise UserError(f"key '{key}' is empty")
         if self.arms not in ARMS:
             raise UserError(f"key 'arms' must be one of {', '.join(ARMS)}, got '{self.arms}'")
-        for key in ("samples", "validation_samples", "max_new_tokens", "batch_size", "resamples"):
-            if getattr(self, key) < 1:
-                raise UserError(f"key '{key}' must be at least 1, got {getattr(self, key)}")
-        for key in ("limit", "temperature", "seed"):
-            if getattr(self, key) < 0:
-                raise UserError(f"key '{key}' must not be negative, got {getattr(self, key)}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"key 'top_p' must lie in (0, 1], got {self.top_p}")
+        check_numbers(
+            self,
+            positive=("samples", "validation_samples", "max_new_tokens", "batch_size", "resamples"),
+            not_negative=("limit", "temperature", "seed"),
+        )
         self._check_names()
         if self.strengths and not self.validation:
             raise UserError("key 'strengths' needs 'validation', the problem file on which they are chosen")

@@ -5,26 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from neureasoner.evaluation.cells import header, interval, p_of, row
 from neureasoner.evaluation.combination_config import ALL, NONE
 from neureasoner.evaluation.verdict import comparison, percent, points
 
 FEW = 8  # seeds below which a page says so
-
-
-def row(*cells: str) -> str:
-    """One line of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
-
-
-def header(*cells: str) -> list[str]:
-    """The first two lines of a Markdown table."""
-    return [row(*cells), "|" + "---|" * len(cells)]
-
-
-def interval(value: float, ends: Any, scale: float = 100.0, digits: int = 1, sign: str = "") -> str:
-    """``61.1 [58.1, 64.1]``."""
-    low, high = (scale * end for end in ends)
-    return f"{scale * value:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
 def _points(c: Mapping[str, Any]) -> str:
@@ -32,11 +17,7 @@ def _points(c: Mapping[str, Any]) -> str:
 
 
 def _tokens(c: Mapping[str, Any]) -> str:
-    return interval(c["tokens"], c["tokens_ci"], 1.0, 0, "+")
-
-
-def _p(c: Mapping[str, Any]) -> str:
-    return f"p {'<' if c['accuracy_p'] < 0.001 else '='} {max(c['accuracy_p'], 0.001):.3f}"
+    return interval(c["tokens"], c["tokens_ci"], 1.0, 0, sign="+")
 
 
 def _seeds(n: int) -> str:
@@ -70,7 +51,7 @@ def effects_table(results: Mapping[str, Any]) -> list[str]:
     cells = ["part", "alone", "beside all others", "difference of the two", *(["over all subsets"] if mean else [])]
     lines = header(*cells, "tokens alone", "tokens beside all others", "difference of the two")
     for e in results["effects"]:
-        right = [_points(e["alone"]), _points(e["beside"]), f"{_points(e['change'])}, {_p(e['change'])}"]
+        right = [_points(e["alone"]), _points(e["beside"]), f"{_points(e['change'])}, {p_of(e['change'])}"]
         right += [_points(e["mean"]) if "mean" in e else "–"] if mean else []
         lines.append(row(e["part"], *right, *(_tokens(e[k]) for k in ("alone", "beside", "change"))))
     return lines
@@ -81,7 +62,7 @@ def pairs_table(results: Mapping[str, Any]) -> list[str]:
     lines = header("A", "B", "A alone", "A beside B", "B alone", "B beside A", "difference of differences")
     for e in results["pairs"]:
         cells = [_points(e[k]) for k in ("first", "first_beside", "second", "second_beside")]
-        lines.append(row(*e["parts"], *cells, f"{_points(e['change'])}, {_p(e['change'])}"))
+        lines.append(row(*e["parts"], *cells, f"{_points(e['change'])}, {p_of(e['change'])}"))
     return lines
 
 

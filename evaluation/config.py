@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,18 @@ def parse_shard(text: str) -> tuple[int, int]:
     if found is None or int(found[1]) >= int(found[2]):
         raise UserError(f"key 'shard' must look like 0/4 (from 0/4 to 3/4), or be '{MERGE}', got '{text}'")
     return int(found[1]), int(found[2])
+
+
+def check_numbers(config: Any, positive: Sequence[str], not_negative: Sequence[str]) -> None:
+    """Raises UserError naming a key whose number cannot be, ``top_p`` included. For every stage that samples answers."""
+    for key in positive:
+        if getattr(config, key) < 1:
+            raise UserError(f"key '{key}' must be at least 1, got {getattr(config, key)}")
+    for key in not_negative:
+        if getattr(config, key) < 0:
+            raise UserError(f"key '{key}' must not be negative, got {getattr(config, key)}")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"key 'top_p' must lie in (0, 1], got {config.top_p}")
 
 
 @dataclass
@@ -71,14 +84,19 @@ class EvaluateConfig:
         for key in ("model", "problems", "out"):
             if not getattr(self, key):
                 raise UserError(f"key '{key}' is empty")
-        for key in ("samples", "batch_size", "resamples"):
-            if getattr(self, key) < 1:
-                raise UserError(f"key '{key}' must be at least 1, got {getattr(self, key)}")
-        for key in ("max_new_tokens", "limit", "report_traces", "details", "show_examples", "temperature", "seed"):
-            if getattr(self, key) < 0:
-                raise UserError(f"key '{key}' must not be negative, got {getattr(self, key)}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"key 'top_p' must lie in (0, 1], got {self.top_p}")
+        check_numbers(
+            self,
+            positive=("samples", "batch_size", "resamples"),
+            not_negative=(
+                "max_new_tokens",
+                "limit",
+                "report_traces",
+                "details",
+                "show_examples",
+                "temperature",
+                "seed",
+            ),
+        )
         if self.shard != MERGE:
             parse_shard(self.shard)
         if self.endpoint and not self.endpoint.get("model"):

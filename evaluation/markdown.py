@@ -6,44 +6,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from neureasoner.evaluation.arms import VANILLA
+from neureasoner.evaluation.cells import header, interval, p_of, row
 from neureasoner.evaluation.verdict import caution, comparison, headline, percent, points, sentences
 
 FAILURES = {"intra": "wrong step", "inter": "circles", "instance": "easy question"}
 
 
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _header(*cells: str) -> list[str]:
-    return [_row(*cells), "|" + "---|" * len(cells)]
-
-
-def _interval(value: float, ends: Any, scale: float = 100.0, digits: int = 1, unit: str = "") -> str:
-    low, high = ends
-    return f"{scale * value:.{digits}f}{unit} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
-
-
 def arms_table(results: Mapping[str, Any]) -> list[str]:
     """Every arm with its intervals, and its paired difference against vanilla."""
-    lines = _header("arm", "accuracy, %", "mean tokens", "triggers per answer", "truncated, %", "against vanilla")
+    lines = header("arm", "accuracy, %", "mean tokens", "triggers per answer", "truncated, %", "against vanilla")
     for a in results["arms"]:
         c = comparison(results, a["name"], VANILLA)
         lines.append(
-            _row(
+            row(
                 a["name"],
-                _interval(a["accuracy"], a["accuracy_ci"]),
-                _interval(a["tokens_mean"], a["tokens_ci"], 1, 0),
+                interval(a["accuracy"], a["accuracy_ci"]),
+                interval(a["tokens_mean"], a["tokens_ci"], 1, 0),
                 f"{a['triggers_per_trace']:.2f}",
                 f"{100 * a['truncated']:.1f}",
-                f"{points(c)}, {_p(c)}; {percent(c)}" if c else "–",
+                f"{points(c)}, {p_of(c)}; {percent(c)}" if c else "–",
             )
         )
     return lines
-
-
-def _p(c: Mapping[str, Any]) -> str:
-    return f"p = {c['accuracy_p']:.3f}" if c["accuracy_p"] >= 0.001 else "p < 0.001"
 
 
 def _seconds(value: float | None, ends: Any) -> str:
@@ -55,10 +39,10 @@ def _seconds(value: float | None, ends: Any) -> str:
 
 def costs_table(results: Mapping[str, Any]) -> list[str]:
     """What answers cost: forced tokens (counted above), probe tokens (not counted), wall time by problem and solved."""
-    lines = _header("arm", "forced tokens", "probe tokens", "seconds per problem", "seconds per solved problem")
+    lines = header("arm", "forced tokens", "probe tokens", "seconds per problem", "seconds per solved problem")
     for a in results["arms"]:
         times = (_seconds(a[k], a[k + "_ci"]) for k in ("seconds_per_problem", "seconds_per_solved"))
-        lines.append(_row(a["name"], f"{a['forced_mean']:.1f}", f"{a['probe_tokens_mean']:.1f}", *times))
+        lines.append(row(a["name"], f"{a['forced_mean']:.1f}", f"{a['probe_tokens_mean']:.1f}", *times))
     return lines
 
 
@@ -68,9 +52,9 @@ def curves_table(results: Mapping[str, Any], key: str, name: str) -> list[str]:
     if not arms:
         return []
     sizes = list(arms[0][key])
-    lines = _header("arm", *(f"{name}@{k}" for k in sizes))
+    lines = header("arm", *(f"{name}@{k}" for k in sizes))
     for a in arms:
-        lines.append(_row(a["name"], *(_interval(a[key][k]["accuracy"], a[key][k]["accuracy_ci"]) for k in sizes)))
+        lines.append(row(a["name"], *(interval(a[key][k]["accuracy"], a[key][k]["accuracy_ci"]) for k in sizes)))
     return lines
 
 
@@ -98,11 +82,11 @@ def _area(entry: Mapping[str, Any] | None) -> str:
 
 def probes_table(results: Mapping[str, Any]) -> list[str]:
     """AUROC on unseen problems: the chosen probe, the paper's spectra, and the controls."""
-    lines = _header("level", "shows", "chosen probe", "AUROC", "the paper's spectra", "random channels", "length only")
+    lines = header("level", "shows", "chosen probe", "AUROC", "the paper's spectra", "random channels", "length only")
     for level, entry in results["probes"].items():
         controls = entry.get("controls", {})
         lines.append(
-            _row(
+            row(
                 level,
                 FAILURES.get(level, level),
                 f"{entry.get('features', '–')}, window {entry.get('window', '–')}",
@@ -116,10 +100,10 @@ def probes_table(results: Mapping[str, Any]) -> list[str]:
 def families_table(results: Mapping[str, Any]) -> list[str]:
     """Accuracy by family, per cent."""
     families = results["problems"]["families"]
-    lines = _header("arm", *families)
+    lines = header("arm", *families)
     for a in results["arms"]:
         cells = [a["by_family"].get(f, {}) for f in families]
-        lines.append(_row(a["name"], *(f"{100 * c['accuracy']:.1f}" if c else "–" for c in cells)))
+        lines.append(row(a["name"], *(f"{100 * c['accuracy']:.1f}" if c else "–" for c in cells)))
     return lines
 
 

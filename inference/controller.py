@@ -158,7 +158,7 @@ class Controller:
 
     def _ask_gates(self, rows: Sequence[RowState], prompt_ids: Sequence[Sequence[int]]) -> None:
         """Tell every row what each rule's gate says of its question; a number is a coin."""
-        from neureasoner.probes.detectors.gate import question_values
+        from neureasoner.probes.detectors.gate import question_scores
 
         said: dict[str, np.ndarray] = {}
         for rule in self.plan.rules:
@@ -171,10 +171,7 @@ class Controller:
                 continue
             gate = self.gates[t.gate]
             if t.gate not in said:
-                if min(map(len, prompt_ids)) < 2:
-                    raise UserError("a gate needs prompts of at least 2 tokens: it leaves the first one out")
-                values = question_values(self.model, gate.channels, prompt_ids, len(prompt_ids))
-                said[t.gate] = gate.predict_proba(values)
+                said[t.gate] = question_scores(gate, self.model, prompt_ids)  # checked when the controller was made
             threshold = float(gate.threshold if t.threshold is None or t.probe is not None else t.threshold)
             for row, score in zip(rows, said[t.gate].tolist(), strict=True):
                 row.ask_gate(rule, score, threshold)

@@ -64,27 +64,26 @@ def load_probes(plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str,
 
 def load_directions(plan: Plan, known: Mapping[str, Direction] | None = None) -> dict[str, Direction]:
     """The directions a plan names, by the name it uses. Raises UserError naming the rule's folder."""
-    found = dict(known or {})
-    for name in plan.direction_paths:
-        if name not in found:
-            try:
-                found[name] = Direction.load(plan.folder / name)
-            except UserError as e:
-                raise UserError(f"plan {plan.name} names direction {name}: {e}") from None
-    return found
+    return _loaded(plan, "direction", plan.direction_paths, Direction.load, known)
 
 
 def load_gates(plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The failure gates a plan names, by the name it uses. Raises UserError naming the rule's folder."""
     from neureasoner.probes.detectors.gate import FailureGate
 
+    return _loaded(plan, "gate", plan.gate_paths, FailureGate.load, known)
+
+
+def _loaded(
+    plan: Plan, what: str, names: Sequence[str], load: Callable[[Path], Any], known: Mapping[str, Any] | None
+) -> dict[str, Any]:
     found = dict(known or {})
-    for name in plan.gate_paths:
+    for name in names:
         if name not in found:
             try:
-                found[name] = FailureGate.load(plan.folder / name)
+                found[name] = load(plan.folder / name)
             except UserError as e:
-                raise UserError(f"plan {plan.name} names gate {name}: {e}") from None
+                raise UserError(f"plan {plan.name} names {what} {name}: {e}") from None
     return found
 
 

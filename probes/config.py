@@ -17,7 +17,8 @@ def _at_least(config: object, key: str, least: int) -> None:
         raise UserError(f"key '{key}' must be at least {least}, got {getattr(config, key)}")
 
 
-def _shares(validation: float, test: float) -> None:
+def check_shares(validation: float, test: float) -> None:
+    """Raises UserError unless validation and test leave something of the problems for training."""
     if validation <= 0 or test <= 0 or validation + test >= 1:
         raise UserError(f"keys 'validation' and 'test' are shares above 0 and below 1 in sum, got {validation}, {test}")
 
@@ -83,7 +84,7 @@ class LocateConfig:
             raise UserError(f"key 'blocks' counts blocks from 0, or is all, got {', '.join(map(str, self.blocks))}")
         if self.layer < -1:
             raise UserError(f"key 'layer' counts from 0, or is -1 for the middle block, got {self.layer}")
-        _shares(self.validation, self.test)
+        check_shares(self.validation, self.test)
 
     def _check_selection(self) -> None:
         """Keys of one selection that would go unused by another are refused, so that none is forgotten silently."""
@@ -147,4 +148,4 @@ class FitConfig:
             raise UserError("key 'weight_decay' is empty; name at least one value, for example 0.01")
         if not self.candidates:
             raise UserError("key 'candidates' is empty; name at least one feature set, for example 'entropy'")
-        _shares(self.validation, self.test)
+        check_shares(self.validation, self.test)

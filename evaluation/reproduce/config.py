@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from neureasoner.errors import UserError
+from neureasoner.evaluation.config import check_numbers
 
 # Table: the command of a recipe whose results it shows.
 READS = {
@@ -64,11 +65,8 @@ class RuntimeConfig:
         for key in ("model", "problems", "out"):
             if not getattr(self, key):
                 raise UserError(f"key '{key}' is empty")
-        for key in ("batch_size", "repeats", "max_new_tokens", "resamples"):
-            if getattr(self, key) < 1:
-                raise UserError(f"key '{key}' must be at least 1, got {getattr(self, key)}")
-        for key in ("temperature", "limit", "seed"):
-            if getattr(self, key) < 0:
-                raise UserError(f"key '{key}' must not be negative, got {getattr(self, key)}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"key 'top_p' must lie in (0, 1], got {self.top_p}")
+        check_numbers(
+            self,
+            positive=("batch_size", "repeats", "max_new_tokens", "resamples"),
+            not_negative=("temperature", "limit", "seed"),
+        )

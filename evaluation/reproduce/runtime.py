@@ -17,7 +17,7 @@ import numpy as np
 
 from neureasoner.artifacts import write_json, write_text
 from neureasoner.errors import UserError
-from neureasoner.evaluation.combination_text import header, interval, row
+from neureasoner.evaluation.cells import header, interval, row
 from neureasoner.evaluation.metrics import LEVEL, resampled_means
 from neureasoner.evaluation.metrics import interval as ends_of
 from neureasoner.evaluation.reproduce.config import RuntimeConfig

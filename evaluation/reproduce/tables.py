@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from neureasoner.errors import UserError
+from neureasoner.evaluation.cells import header, interval, row
 from neureasoner.evaluation.combination_config import ALL, NONE, WITHOUT
-from neureasoner.evaluation.combination_text import header, interval, row
 from neureasoner.evaluation.reproduce.paper import paper
 from neureasoner.evaluation.verdict import arm_of, comparison, percent, points
 

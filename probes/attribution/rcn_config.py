@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from neureasoner.errors import UserError
+from neureasoner.probes.config import check_shares
 
 SPANS = ("response", "all")
 POOLINGS = ("question", "pooled")
@@ -72,8 +73,4 @@ class RcnConfig:
             raise UserError(f"key 'neurons' must be at most {RELEASED} with the released ranking, got {self.neurons}")
         if not self.template and not self.retokenise:
             raise UserError("key 'template' has an effect only with retokenise; otherwise the traces' prompts decide")
-        if self.validation <= 0 or self.test <= 0 or self.validation + self.test >= 1:
-            raise UserError(
-                "keys 'validation' and 'test' are shares above 0 and below 1 in sum, "
-                f"got {self.validation}, {self.test}"
-            )
+        check_shares(self.validation, self.test)

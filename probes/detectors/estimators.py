@@ -7,6 +7,7 @@ logits of the second of ``classes_``.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -42,7 +43,7 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return 1.0 / (1.0 + np.exp(-np.clip(logits, -500, 500)))
 
 
-class Detector(ClassifierMixin, BaseEstimator):
+class Detector(ClassifierMixin, BaseEstimator, ABC):
     """What all kinds share: checks, standardised input, labels. A kind adds ``_fit``, ``_logits`` and its weights.
 
     Learned: ``classes_ [2]``, ``mean_``, ``scale_`` ``[d]`` (a constant column has scale 1), ``n_features_in_``.
@@ -144,11 +145,11 @@ class Detector(ClassifierMixin, BaseEstimator):
     def _targets(self, y: np.ndarray) -> np.ndarray:
         return (y == self.classes_[1]).astype(np.int64)
 
-    def _fit(self, x: np.ndarray, y: np.ndarray, held: np.ndarray, held_y: np.ndarray) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _fit(self, x: np.ndarray, y: np.ndarray, held: np.ndarray, held_y: np.ndarray) -> None: ...
 
-    def _logits(self, x: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def _logits(self, x: np.ndarray) -> np.ndarray: ...
 
     def _weights(self) -> dict[str, torch.Tensor]:
         raise UserError(f"estimator '{self.kind}' is for comparison and cannot be saved; use mlp or logistic")

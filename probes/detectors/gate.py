@@ -291,12 +291,18 @@ class FailureGate:
             )
 
 
-def gate_scores(gate: FailureGate, model: Any, prompts: Sequence[Prompt]) -> np.ndarray:
+def gate_scores(gate: FailureGate, model: Any, prompts: Sequence[Prompt], batch_size: int = 0) -> np.ndarray:
+    """``question_scores`` of a gate that is checked to be this model's first. Raises UserError if it is not."""
+    gate.check(model)
+    return question_scores(gate, model, prompts, batch_size)
+
+
+def question_scores(gate: FailureGate, model: Any, prompts: Sequence[Prompt], batch_size: int = 0) -> np.ndarray:
     """Score of failing for each prompt's token ids: ``[n]``, high = fails. One prefill of the model that generates.
 
-    A row's score does not depend on the rows beside it. Raises UserError for another model or a prompt of one token.
+    A row's score does not depend on the rows beside it. ``batch_size`` 0: all at once. Raises UserError for a prompt of
+    one token.
     """
-    gate.check(model)
     if min(map(len, prompts)) < 2:
         raise UserError("the gate needs prompts of at least 2 tokens: it leaves the first one out")
-    return gate.predict_proba(question_values(model, gate.channels, prompts, len(prompts)))
+    return gate.predict_proba(question_values(model, gate.channels, prompts, batch_size or len(prompts)))

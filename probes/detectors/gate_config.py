@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from neureasoner.errors import UserError
+from neureasoner.probes.config import check_shares
 
 
 @dataclass
@@ -60,8 +61,4 @@ class GateConfig:
             raise UserError(f"key 'dropout' must lie in [0, 1), got {self.dropout}")
         if self.lr <= 0 or self.weight_decay < 0:
             raise UserError(f"keys 'lr' and 'weight_decay' must be positive, got {self.lr}, {self.weight_decay}")
-        if self.validation <= 0 or self.test <= 0 or self.validation + self.test >= 1:
-            raise UserError(
-                "keys 'validation' and 'test' are shares above 0 and below 1 in sum, "
-                f"got {self.validation}, {self.test}"
-            )
+        check_shares(self.validation, self.test)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from neureasoner.errors import UserError
+from neureasoner.probes.config import check_shares
 
 CONTRASTS = {"correct": "mean", "short": "last", "thoughts": "boundary"}  # and where each is read by default
 POOLS = ("mean", "last", "boundary")
@@ -117,8 +118,4 @@ class DirectionsConfig:
             raise UserError("keys 'reflection' and 'transition' are both empty, so every thought would be execution")
         if not self.template and not self.retokenise:
             raise UserError("key 'template' has an effect only with retokenise; otherwise the traces' prompts decide")
-        if self.validation <= 0 or self.test <= 0 or self.validation + self.test >= 1:
-            raise UserError(
-                "keys 'validation' and 'test' are shares above 0 and below 1 in sum, "
-                f"got {self.validation}, {self.test}"
-            )
+        check_shares(self.validation, self.test)

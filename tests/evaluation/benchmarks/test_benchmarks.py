@@ -59,6 +59,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             "starter_code": "",
             "difficulty": "medium",
             "public_test_cases": json.dumps([{"input": "1\n", "output": "2\n", "testtype": "stdin"}]),
+            # LiveCodeBench ships its hidden tests as a pickle of one string; written here, never loaded
             "private_test_cases": base64.b64encode(
                 zlib.compress(pickle.dumps(json.dumps([{"input": "41\n", "output": "42\n", "testtype": "stdin"}])))
             ).decode(),
@@ -228,6 +229,7 @@ class Evil:
 @pytest.mark.parametrize(
     ("cell", "why"),
     [
+        # pickles are written here to see that they are refused; nothing loads one
         (base64.b64encode(zlib.compress(pickle.dumps(Evil()))).decode(), "a pickle of several strings"),
         (base64.b64encode(zlib.compress(pickle.dumps(["[]"]))).decode(), "does more than hold one string"),
         (base64.b64encode(zlib.compress(b"\x80\x04X\xff\x00\x00\x00abc")).decode(), "only 3 remain"),
