@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -179,7 +179,9 @@ class Controller:
 
 class Watch(LogitsProcessor):
     """The state of one generation: rows, recorded series, what is steered, and the processor that lets sampling be,
-    forces a token, or biases the scores."""
+    forces a token, or biases the scores. ``narrows``: rows that have ended may leave the batch."""
+
+    narrows: ClassVar[bool] = True
 
     def __init__(self, controller: Controller, rows: list[RowState], eos: set[int], run: SteeringRun | None = None):
         self.controller, self.rows, self.eos, self.run = controller, rows, eos, run
@@ -189,9 +191,16 @@ class Watch(LogitsProcessor):
         self._logits = LogitSeries() if LOGITS in controller.sites else None
         self._latest: dict[str, torch.Tensor] = {}
         self._count: Counter[str] = Counter()
+        self._live: torch.Tensor | None = None  # rows the model still reads (``narrowing.py``); None: all
+
+    def narrow(self, kept: torch.Tensor, live: torch.Tensor) -> None:
+        """From the coming forward on the model reads the rows ``live [L]`` only, ``kept`` of those it read last."""
+        self._live = live
+        if self.run is not None:
+            self.run.narrow(kept, live)
 
     def see(self, site: str, value: torch.Tensor) -> None:
-        """Read hook: keep the last position. value [B, T or 1, C]."""
+        """Read hook: keep the last position. value [B, T or 1, C], or [L, 1, C]."""
         self._latest[site] = value[:, -1]
         self._count[site] += 1
 
@@ -202,7 +211,7 @@ class Watch(LogitsProcessor):
         if self.length:
             drawn = input_ids[:, -1]
             for site, buffer in self._buffers.items():
-                buffer.append(self._latest[site])
+                buffer.append(self._latest[site], self._live)
             if self._logits is not None:
                 self._logits.draw(drawn)
             for row, token in zip(self.rows, drawn.tolist(), strict=True):
@@ -330,9 +339,12 @@ class Watch(LogitsProcessor):
         return [t for t in told if np.isfinite(t[1])]  # a rule may want more scores before it says anything
 
     def series(self, row: int, sites: Sequence[str] | None = None, base: int = 0) -> dict[str, np.ndarray]:
-        """What was read for a row, by site string, float32 [T - base, C]. A view: copy what has to last."""
+        """What was read for a row, by site string, float32 [T - base, C]. A view: copy what has to last.
+
+        The token that ends a response is not read on.
+        """
         names = self.controller.sites if sites is None else [str(Site.parse(s)) for s in sites]
-        stop = len(self.rows[row].tokens)
+        stop = len(self.rows[row].tokens) - self.rows[row].done
         out = {}
         for name in names:
             buffer = self._logits.buffer if name == LOGITS and self._logits is not None else self._buffers[name]

@@ -1,7 +1,7 @@
 """Sampling a batch with stock Transformers ``generate``, watched or not. B rows; prompts are padded on the left.
 
 ``generate_batch`` is the one place that calls ``model.generate``: a plain run and a watched run differ only in the
-controller, so a plan that never fires gives the same tokens.
+controller, so a plan that never fires gives the same tokens. In both, rows that have ended are not read on.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from neureasoner.errors import UserError
 from neureasoner.inference.controller import Controller
+from neureasoner.inference.narrowing import finished_rows_leave
 from neureasoner.inference.rows import RowState, opens_thinking
 from neureasoner.sampling import generation_config, left_padded
 from neureasoner.steps import Separators, StepSegmenter
@@ -44,7 +45,7 @@ class Generation:
     thinking_tokens  leading tokens that belong to the thinking
     seconds          the batch's wall time divided by its rows
     probe_tokens     tokens read beside the response to decide about it (not in ``response_ids``)
-    series           recorded sites, float32 [T - 1 or T, C] (the last token is never read), when asked for
+    series           recorded sites, float32 [T - 1, C] (the last token is never read), when asked for
     """
 
     prompt_ids: list[int]
@@ -129,13 +130,18 @@ def generate_batch(
         )
     with torch.random.fork_rng([device] if device.type == "cuda" else []), watching as watch:
         torch.manual_seed(seed)
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([watch] if watch is not None else []),
-            streamer=None if on_text is None else _Streamer(tokenizer, on_text, watch),
-        )
+        narrowing: Any = nullcontext()
+        if watch is None or watch.narrows:
+            told = None if watch is None else watch.narrow
+            narrowing = finished_rows_leave(model, len(prompt_ids), config.eos_token_id, told)
+        with narrowing:
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([watch] if watch is not None else []),
+                streamer=None if on_text is None else _Streamer(tokenizer, on_text, watch),
+            )
     seconds = (time.perf_counter() - begin) / len(prompt_ids)
     ends = set(config.eos_token_id)
     return [

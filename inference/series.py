@@ -23,15 +23,18 @@ class SeriesBuffer:
         self._synced = 0
         self.length = 0
 
-    def append(self, value: torch.Tensor) -> None:
-        """Add one token's values. value [B, C]."""
+    def append(self, value: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        """Add one token's values. value [B, C], or [L, C] with the ``rows`` they are of; the others get nothing."""
         value = value.detach()
         if self._data is None:
             self._data = value.new_empty((value.shape[0], self._capacity, value.shape[1]))
         elif self.length == self._data.shape[1]:
             self._data = torch.cat([self._data, torch.empty_like(self._data)], 1)
             self._host = None if self._shared else self._host
-        self._data[:, self.length] = value
+        if rows is None:
+            self._data[:, self.length] = value
+        else:
+            self._data[rows.to(value.device), self.length] = value
         self.length += 1
 
     @property

@@ -193,6 +193,7 @@ class SteeringRun:
         self._whole: dict[int, Dose] = {}
         self._doses: dict[str, Dose] = {}
         self._seen: dict[str, torch.Tensor] = {}
+        self._live: torch.Tensor | None = None  # rows the model still reads; None: all
         self._device = steering.model.device
         self._boundary = [r for r, rule in enumerate(self.rules) if rule.source == "boundary" and rule.edits]
         if self._boundary:
@@ -221,15 +222,35 @@ class SteeringRun:
                 continue
             amount = rule.strength.at(token) * self.factors[r] * (self.acting[r] > 0)
             if r not in self._amounts or not np.array_equal(self._amounts[r], amount):
-                held = torch.from_numpy(amount).float().to(self._device)
-                self._amounts[r], self._whole[r] = amount, Dose(held, held != 0)
+                self._amounts[r] = amount
+                self._measure(r)
         if edits:
-            # a boundary rule waits until it is known which tokens the forward reads
-            self._doses = {
-                self.rules[r].name: dose
-                for r, dose in self._whole.items()
-                if self._amounts[r].any() and r not in self._boundary
-            }
+            self._serve()
+
+    def _measure(self, r: int) -> None:
+        """Make a rule's dose of its amounts: for rows the model reads, or, of a choice, for all."""
+        held = torch.from_numpy(self._amounts[r]).float().to(self._device)
+        if self._live is not None and self.rules[r].edits:
+            held = held[self._live]
+        self._whole[r] = Dose(held, held != 0)
+
+    def _serve(self) -> None:
+        # a boundary rule waits until it is known which tokens the forward reads
+        self._doses = {
+            self.rules[r].name: dose
+            for r, dose in self._whole.items()
+            if self._amounts[r].any() and r not in self._boundary
+        }
+
+    def narrow(self, kept: torch.Tensor, live: torch.Tensor) -> None:
+        """From the coming forward on the model reads the rows ``live [L]`` only, ``kept`` of those it read last."""
+        self._live = live
+        for r, rule in enumerate(self.rules):
+            if rule.edits:
+                self._measure(r)
+        self._serve()
+        if self._boundary:
+            self._state, self._thinking = self._state[kept], self._thinking[kept]
 
     def tick(self, edits: bool, alive: np.ndarray, closed: np.ndarray) -> None:
         """After a forward (without ``edits``: a choice): count and log what acted. ``alive``, ``closed`` ``[B]``."""

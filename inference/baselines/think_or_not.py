@@ -45,6 +45,8 @@ def plainly_same(a: str, b: str) -> bool:
 class ThinkOrNotWatch(DecoderWatch):
     """``since[i]``: response tokens of row i at its last probe. ``pads``: columns of padding before each prompt."""
 
+    narrows = False  # probes copy rows of the cache by their place in the batch
+
     def __init__(self, *given: Any):
         super().__init__(*given)
         self.since = [0] * len(self.rows)
