@@ -25,7 +25,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def check_numbers(config: Any, positive: Sequence[str], not_negative: Sequence[str]) -> None:
-    """Raises UserError naming a key whose number cannot be, ``top_p`` included. For every stage that samples answers."""
+    """Raises UserError naming a key whose number cannot be, ``top_p`` included; for stages that sample answers."""
     for key in positive:
         if getattr(config, key) < 1:
             raise UserError(f"key '{key}' must be at least 1, got {getattr(config, key)}")

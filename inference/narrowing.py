@@ -26,8 +26,8 @@ Told = Callable[[torch.Tensor, torch.Tensor], None]
 def finished_rows_leave(model: Any, rows: int, ends: Sequence[int], told: Told | None = None) -> Iterator[None]:
     """For one ``generate`` call over ``rows`` prompts whose responses end with one of ``ends``.
 
-    ``told(kept, live)`` when some leave, before the forward without them: which of the rows read last stay, and which of
-    the B rows they are, ``[L]`` each. Models with another cache than keys and values keep their rows.
+    ``told(kept, live)`` when some leave, before the forward without them: which of the rows read last stay, and which
+    of the B rows they are, ``[L]`` each. Models with another cache than keys and values keep their rows.
     """
     if rows == 1:
         yield
