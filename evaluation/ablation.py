@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from neureasoner.artifacts import write_json, write_text
-from neureasoner.data_builders.families import family
 from neureasoner.directions import INFO_FILE, Direction
 from neureasoner.errors import UserError
 from neureasoner.evaluation.ablation_config import AblateConfig
@@ -25,11 +24,12 @@ from neureasoner.evaluation.ablation_text import markdown
 from neureasoner.evaluation.arms import Arm
 from neureasoner.evaluation.config import EvaluateConfig
 from neureasoner.evaluation.metrics import LEVEL, Outcome, compare, per_problem, summarise
+from neureasoner.evaluation.problems import check_apart, gradable_problems
 from neureasoner.evaluation.results import command_line, versions
 from neureasoner.evaluation.runner import ArmRun, outcomes
 from neureasoner.model_files import model_files
 from neureasoner.stages import StageFolder
-from neureasoner.traces import Problem, read_problems, read_traces
+from neureasoner.traces import Problem, read_traces
 
 VANILLA, FULL = "vanilla", "full"
 RULE = "steer"
@@ -190,15 +190,8 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
 
     Raises UserError for problem files that overlap, or a direction or gate of another model, before anything runs.
     """
-    parts = {k: read_problems(getattr(config, k))[: config.limit or None] for k in ("validation", "problems")}
-    for p in (p for problems in parts.values() for p in problems):
-        family(p.family)
-    shared = {p.question for p in parts["validation"]} & {p.question for p in parts["problems"]}
-    if shared:
-        raise UserError(
-            f"{config.problems}: {len(shared)} questions are also in {config.validation}, such as "
-            f"'{min(shared)[:60]}'; the strength would be chosen on what is measured"
-        )
+    parts = {k: gradable_problems(getattr(config, k), config.limit) for k in ("validation", "problems")}
+    check_apart(parts["problems"], parts["validation"], config.problems, config.validation, "the strength")
     folders = [config.direction, *config.variants.values()]
     given = [Path(f) / INFO_FILE for f in folders] + ([Path(config.gate) / "gate.json"] if config.gate else [])
     folder = StageFolder(

@@ -34,12 +34,13 @@ from neureasoner.evaluation.metrics import (
     sign_flip_p,
     summarise,
 )
+from neureasoner.evaluation.problems import check_apart, gradable_problems
 from neureasoner.evaluation.results import command_line, versions
 from neureasoner.inference.plan import PLAN_FILE, Plan, Rule
 from neureasoner.inference.plan_yaml import rule_from_dict
 from neureasoner.model_files import model_files, resolve
 from neureasoner.stages import StageFolder
-from neureasoner.traces import Problem, read_problems
+from neureasoner.traces import Problem
 
 Outcomes = Mapping[str, Sequence[Outcome]]
 
@@ -261,13 +262,8 @@ def combine(config: CombineConfig) -> dict[str, Any]:
     model, before anything is generated.
     """
     names = {"test": config.problems} | ({"validation": config.validation} if config.strengths else {})
-    problems = {k: read_problems(file)[: config.limit or None] for k, file in names.items()}
-    shared = {p.question for p in problems["test"]} & {p.question for p in problems.get("validation", [])}
-    if shared:
-        raise UserError(
-            f"{config.problems}: {len(shared)} questions are also in {config.validation}, such as "
-            f"'{min(shared)[:60]}'; strengths would be chosen on what is measured"
-        )
+    problems = {k: gradable_problems(file, config.limit) for k, file in names.items()}
+    check_apart(problems["test"], problems.get("validation", []), config.problems, config.validation, "strengths")
     plan = whole_plan(config)
     parts_of(config, plan)
     described = [plan.folder / d / INFO_FILE for d in plan.direction_paths]

@@ -29,15 +29,15 @@ from neureasoner.evaluation.arms import (
     votes,
     with_rules,
 )
-from neureasoner.evaluation.benchmarks.registry import BENCHMARKS
 from neureasoner.evaluation.config import CAP, MERGE, PAPER, EvaluateConfig, parse_shard
 from neureasoner.evaluation.markdown import markdown
 from neureasoner.evaluation.metrics import Outcome, per_problem
-from neureasoner.evaluation.runner import ArmRun, is_program, outcomes
+from neureasoner.evaluation.problems import gradable_problems, is_program
+from neureasoner.evaluation.runner import ArmRun, outcomes
 from neureasoner.evaluation.store import listed
 from neureasoner.model_files import model_files, resolve
 from neureasoner.stages import StageFolder
-from neureasoner.traces import Problem, read_problems, read_traces
+from neureasoner.traces import Problem, read_traces
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -127,28 +127,6 @@ def _card(model: str) -> dict[str, Any] | None:
     return dict(read_json(folder / CARD)) if (folder / CARD).is_file() else {}
 
 
-def _problems(config: EvaluateConfig) -> list[Problem]:
-    """The problems, once it is certain that each can be graded. Raises UserError."""
-    problems = read_problems(config.problems)[: config.limit or None]
-    known = {*FAMILIES, *BENCHMARKS, str(results_of.source_of(config.problems).get("benchmark", ""))}
-    for p in problems:
-        if p.family not in known:
-            raise UserError(
-                f"unknown problem family '{p.family}'; known: {', '.join(FAMILIES)}, and benchmarks as `neureasoner "
-                "evaluation benchmark` writes them, with their stage.json"
-            )
-    if any(is_program(p) for p in problems):
-        from neureasoner.evaluation.benchmarks.code import sandbox
-        from neureasoner.evaluation.benchmarks.suites import find
-
-        sandbox()
-        for p in filter(is_program, problems):
-            find(p.answer)
-    if any(p.family not in FAMILIES and not is_program(p) for p in problems):
-        MathVerifier()  # raises where math-verify is missing
-    return problems
-
-
 def _base(config: EvaluateConfig, card: dict[str, Any] | None) -> str:
     """The vanilla model. Raises UserError where it is not the one the checkpoint was trained from."""
     if card is None:
@@ -189,7 +167,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             f"{config.model}: holds no {PLAN}, so it is no steered checkpoint; run `neureasoner assemble` first, or "
             "name the arms that need none (--arms vanilla)"
         )
-    problems = _problems(config)
+    problems = gradable_problems(config.problems, config.limit)
     exact = all(p.family in FAMILIES for p in problems)
     if not config.max_new_tokens:
         config = replace(config, max_new_tokens=CAP if exact else PAPER["max_new_tokens"])

@@ -92,13 +92,25 @@ def interval(draws: np.ndarray, level: float = LEVEL) -> list[float]:
     return [float(low), float(high)]
 
 
+def accuracy_interval(values: np.ndarray, draws: np.ndarray, level: float = LEVEL) -> list[float]:
+    """Interval of a mean accuracy: percentile of the bootstrap ``draws`` [R] of ``values`` [P].
+
+    Where every problem is solved, or none, all draws are equal and say nothing; then the exact (Clopper-Pearson)
+    interval of P problems: 0 of 50 is 0 to 7 %.
+    """
+    if (values == values[0]).all() and values[0] in (0.0, 1.0):
+        reach = ((1 - level) / 2) ** (1 / len(values))
+        return [float(reach), 1.0] if values[0] else [0.0, float(1 - reach)]
+    return interval(draws, level)
+
+
 def summarise(outcomes: Sequence[Outcome], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
     """Accuracy and mean tokens of one arm (or of a part of it), each with its interval."""
     table = per_problem(outcomes)
     draws = resampled_means(np.stack([table.accuracy, table.tokens], axis=1), resamples, seed)
     return {
         "accuracy": float(table.accuracy.mean()),
-        "accuracy_ci": interval(draws[:, 0]),
+        "accuracy_ci": accuracy_interval(table.accuracy, draws[:, 0]),
         "tokens_mean": float(table.tokens.mean()),
         "tokens_ci": interval(draws[:, 1]),
         "n_problems": len(table.ids),

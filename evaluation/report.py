@@ -19,7 +19,16 @@ from neureasoner.data_builders.browse import embed
 from neureasoner.evaluation import charts
 from neureasoner.evaluation.arms import FULL, VANILLA, VOTE
 from neureasoner.evaluation.examples import KINDS, first_samples, load_traces, main_pair, pick, thresholds, view
-from neureasoner.evaluation.verdict import arm_of, caution, comparison, headline, percent, points, sentences
+from neureasoner.evaluation.report_tables import (
+    arms_table,
+    costs_table,
+    curves_table,
+    ends,
+    families_table,
+    probes_table,
+    value_of,
+)
+from neureasoner.evaluation.verdict import arm_of, caution, headline, sentences
 from neureasoner.evaluation.viewer.config import ReportConfig
 from neureasoner.evaluation.viewer.details import Details
 from neureasoner.traces import Trace
@@ -49,10 +58,6 @@ def report(config: ReportConfig) -> dict[str, Any]:
     return {"report": str(path)}
 
 
-def _ci(value: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
-    return f"[{scale * value[0]:.{digits}f}, {scale * value[1]:.{digits}f}]"
-
-
 def draw(results: Mapping[str, Any], traces: Mapping[str, Sequence[Trace]], probes_results: str = "") -> dict[str, str]:
     """All figures by name."""
     arms = results["arms"]
@@ -75,14 +80,6 @@ def draw(results: Mapping[str, Any], traces: Mapping[str, Sequence[Trace]], prob
     return figures | _probe_figures(results, probes_results)
 
 
-def _value(entry: Any) -> tuple[float, list[float] | None] | None:
-    """(value, interval) of a figure of ``probes fit``, or None where it is undefined."""
-    if not isinstance(entry, Mapping) or entry.get("value") is None:
-        return None
-    ci = [entry["low"], entry["high"]] if entry.get("low") is not None and entry.get("high") is not None else None
-    return float(entry["value"]), ci
-
-
 def _probe_figures(results: Mapping[str, Any], probes_results: str) -> dict[str, str]:
     figures = {}
     for level, probe in results["probes"].items():
@@ -90,7 +87,7 @@ def _probe_figures(results: Mapping[str, Any], probes_results: str) -> dict[str,
         found += [(name, entry, False) for name, entry in probe.get("controls", {}).items()]
         rows = []
         for name, entry, ours in found:
-            value = _value((entry or {}).get("test", {}).get("auroc"))
+            value = value_of((entry or {}).get("test", {}).get("auroc"))
             if entry and value:
                 label = {"random": "control: random channels", "length": "control: length, position"}.get(name, name)
                 rows.append((f"{label} ({entry['name']})" if ours else label, *value, ours))
@@ -116,64 +113,12 @@ def _roc(file: Path, level: str) -> str:
     return charts.roc(curves, level)
 
 
-def arms_table(results: Mapping[str, Any]) -> str:
-    """The table of arms, as HTML."""
-    rows = []
-    for a in results["arms"]:
-        c = comparison(results, a["name"], VANILLA)
-        delta = "".join(
-            f'<td class="n {_sign(c, key, good)}">{escape(text(c).replace(" points", "").replace(" tokens", ""))}</td>'
-            if c
-            else '<td class="n">–</td>'
-            for key, good, text in (("accuracy", 1, points), ("tokens", -1, percent))
-        )
-        votes = f" ×{a['responses_per_answer']:.0f}" if a["responses_per_answer"] > 1 else ""
-        bold = ' class="main"' if a["name"] in (VANILLA, FULL) else ""
-        rows.append(
-            f'<tr{bold}><th scope="row">{escape(a["name"])}{votes}<small>{escape(a["about"])}</small></th>'
-            f'<td class="n">{100 * a["accuracy"]:.1f}%<small>{_ci(a["accuracy_ci"], 100)}</small></td>'
-            f'<td class="n">{a["tokens_mean"]:.0f}<small>{_ci(a["tokens_ci"], 1, 0)}</small></td>{delta}'
-            f'<td class="n">{100 * a["truncated"]:.1f}%</td><td class="n">{a["triggers_per_trace"]:.2f}</td>'
-            f'<td class="n">{a["seconds"]:.0f} s</td><td class="n">{a["n_problems"]} · {a["n_samples"]}</td></tr>'
-        )
-    head = ["arm", "accuracy", "tokens", "Δ accuracy, points", "Δ tokens", "cut off", "triggers", "time"]
-    head += ["problems · answers"]
-    return (
-        f"<table><thead><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    )
-
-
-def _sign(c: Mapping[str, Any], key: str, good: int) -> str:
-    value = c["accuracy_delta"] if key == "accuracy" else c["tokens_relative"]
-    if not c[f"{key}_excludes_zero"]:
+def _curves(results: Mapping[str, Any]) -> str:
+    table = curves_table(results)
+    if not table:
         return ""
-    return "up" if value * good > 0 else "down"
-
-
-def probes_table(results: Mapping[str, Any]) -> str:
-    """What watches each failure, as HTML; nothing when there is nothing."""
-    rows = []
-    for level, p in results["probes"].items():
-        test = (p.get("chosen") or {}).get("test") or p.get("test") or {}
-        cells = []
-        for key in ("auroc", "recall", "precision", "false_alarms_per_1000_tokens"):
-            value = _value(test.get(key))
-            ci = f"<small>[{value[1][0]:.2f}, {value[1][1]:.2f}]</small>" if value and value[1] else ""
-            cells.append(f'<td class="n">{value[0]:.2f}{ci}</td>' if value else '<td class="n">–</td>')
-        site = results["neurons"].get(level, {}).get("site") or "–"
-        split = escape(str(p.get("split") or "by problem"))
-        features = escape(str(p.get("features", (p.get("chosen") or {}).get("name", "–"))))
-        rows.append(
-            f'<tr><th scope="row">{level}</th><td>{features}<small>window {p.get("window", "–")}, '
-            f"split {split}, seed {p.get('seed', '–')}</small></td>{''.join(cells)}"
-            f'<td class="site"><code>{escape(site)}</code></td></tr>'
-        )
-    if not rows:
-        return ""
-    head = ["failure", "features", "AUROC", "recall", "precision", "false alarms / 1,000 tokens", "neurons or heads"]
-    return (
-        f"<table><thead><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    )
+    hint = "Several samples of a problem together: one of them right (Pass@k), or their vote (Cons@k, costs k answers)."
+    return f'<p class="hint">{hint}</p><div class="scroll">{table}</div>'
 
 
 def _provenance(results: Mapping[str, Any]) -> str:
@@ -210,21 +155,6 @@ def _gallery(figures: Mapping[str, str], prefixes: Mapping[str, str]) -> str:
     return "".join(
         _figure(svg, caption) for p, caption in prefixes.items() for name, svg in figures.items() if name.startswith(p)
     )
-
-
-def families_table(results: Mapping[str, Any]) -> str:
-    """Accuracy and tokens of every arm in every family, as HTML."""
-    families, rows = results["problems"]["families"], []
-    for a in results["arms"]:
-        cells = []
-        for family in families:
-            f = a["by_family"].get(family)
-            ci = f and f"<small>{_ci(f['accuracy_ci'], 100)} · {f['tokens_mean']:.0f} tokens</small>"
-            cells.append(f'<td class="n">{100 * f["accuracy"]:.1f}%{ci}</td>' if f else '<td class="n">–</td>')
-        bold = ' class="main"' if a["name"] in (VANILLA, FULL) else ""
-        rows.append(f'<tr{bold}><th scope="row">{escape(a["name"])}</th>{"".join(cells)}</tr>')
-    head = "".join(f"<th>{escape(x)}</th>" for x in ["arm", *families])
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def islands(
@@ -268,8 +198,8 @@ def page(
     full, vanilla = arm_of(results, FULL), arm_of(results, VANILLA)
     cards = "".join(
         f'<div class="card {"full" if a is full else ""}"><span>{escape(a["name"])}</span>'
-        f"<b>{100 * a['accuracy']:.1f}%</b><i>right {_ci(a['accuracy_ci'], 100)}</i>"
-        f"<b>{a['tokens_mean']:.0f}</b><i>tokens {_ci(a['tokens_ci'], 1, 0)}</i></div>"
+        f"<b>{100 * a['accuracy']:.1f}%</b><i>right {ends(a['accuracy_ci'], 100)}</i>"
+        f"<b>{a['tokens_mean']:.0f}</b><i>tokens {ends(a['tokens_ci'], 1, 0)}</i></div>"
         for a in (vanilla, full)
         if a
     )
@@ -292,6 +222,8 @@ def page(
         "cards": cards,
         "sentences": "".join(f"<li>{escape(s)}</li>" for s in sentences(results)),
         "arms": arms_table(results),
+        "costs": costs_table(results),
+        "curves": _curves(results),
         "families": families_table(results),
         "tradeoff": _figure(figures["tradeoff"], "Each point is an arm; bars are 95% intervals.", wide=True),
         "difficulty": _gallery(figures, {"difficulty_": "Accuracy by difficulty; bars are 95% intervals."}),

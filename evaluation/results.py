@@ -20,18 +20,19 @@ from neureasoner.evaluation.metrics import (
     LEVEL,
     SUBSETS,
     Outcome,
+    accuracy_interval,
     answer_classes,
     by_problem,
     compare,
     cons_at_k,
     costs,
-    interval,
     pass_at_k,
     resampled_means,
     split_by,
     summarise,
 )
-from neureasoner.evaluation.runner import equivalence, is_program
+from neureasoner.evaluation.problems import is_program, source_of
+from neureasoner.evaluation.runner import equivalence
 from neureasoner.model_files import resolve
 from neureasoner.traces import Problem
 
@@ -57,7 +58,7 @@ def curves(
     def entry(values: Any) -> dict[str, Any]:
         return {
             "accuracy": float(values.mean()),
-            "accuracy_ci": interval(resampled_means(values[:, None], resamples, seed)[:, 0]),
+            "accuracy_ci": accuracy_interval(values, resampled_means(values[:, None], resamples, seed)[:, 0]),
         }
 
     powers = [2**i for i in range(samples.bit_length())]
@@ -133,13 +134,6 @@ def split_of(problems: str) -> str:
     named = str(read_json(mark).get("config", {}).get("split", "")) if mark.is_file() else ""
     known = BENCHMARKS.get(str(source_of(problems).get("benchmark", "")))
     return named or (known.split if known else "") or "unknown"
-
-
-def source_of(problems: str) -> dict[str, Any]:
-    """What `evaluation benchmark` recorded beside the file (name, release, template, source); empty if it did not."""
-    mark = Path(problems).parent / "stage.json"
-    found = read_json(mark) if mark.is_file() else {}
-    return dict(found["summary"]) if found.get("name") == "evaluation benchmark" else {}
 
 
 def differences(config: EvaluateConfig) -> dict[str, list[Any]]:

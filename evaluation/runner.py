@@ -10,13 +10,13 @@ import numpy as np
 from neureasoner.data_builders.families import FAMILIES, score
 from neureasoner.data_builders.families.countdown import evaluate as value_of
 from neureasoner.data_builders.grading import grade as grading
-from neureasoner.data_builders.grading.answers import TESTS
 from neureasoner.data_builders.judges import ExactJudge
 from neureasoner.errors import UserError
 from neureasoner.evaluation.arms import Arm
 from neureasoner.evaluation.config import EvaluateConfig
 from neureasoner.evaluation.metrics import Outcome, majority
 from neureasoner.evaluation.oracle import ExactOracles
+from neureasoner.evaluation.problems import is_program
 from neureasoner.evaluation.store import Key, SampleStore, check_once, key_of
 from neureasoner.steps import Separators
 from neureasoner.traces import InterLabel, IntraLabel, Labels, Problem, Trace
@@ -33,11 +33,6 @@ def same_answer(a: str, b: str) -> bool:
         return True
     x, y = value_of(a), value_of(b)
     return x is not None and y is not None and abs(x[0] - y[0]) < 1e-9 and sorted(x[1]) == sorted(y[1])
-
-
-def is_program(problem: Problem) -> bool:
-    """Whether the answer to a problem is a program."""
-    return problem.family not in FAMILIES and problem.answer.startswith(TESTS)
 
 
 def equivalence(problem: Problem) -> Callable[[str, str], bool]:

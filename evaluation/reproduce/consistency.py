@@ -14,6 +14,7 @@ import numpy as np
 from neureasoner.errors import UserError
 from neureasoner.evaluation.metrics import (
     Outcome,
+    accuracy_interval,
     answer_classes,
     by_problem,
     cons_at_k,
@@ -51,14 +52,14 @@ def curves(folder: Path, arms: Sequence[str], results: Mapping[str, Any]) -> dic
     if not sizes:
         raise UserError(f"{folder}: a vote needs at least {SIZES[0]} samples a problem; evaluate with samples=64")
 
-    def entry(values: np.ndarray) -> dict[str, Any]:
+    def entry(values: np.ndarray, ends: Any = accuracy_interval) -> dict[str, Any]:
         draws = resampled_means(values[:, None], resamples, seed)[:, 0]
-        return {"accuracy": float(values.mean()), "ci": interval(draws)}
+        return {"accuracy": float(values.mean()), "ci": ends(values, draws)}
 
     first, second = (by_arm[arm] for arm in arms)
     return {
         "arms": {arm: {k: entry(found[k]) for k in sizes} for arm, found in by_arm.items()},
-        "difference": {k: entry(second[k] - first[k]) for k in sizes},
+        "difference": {k: entry(second[k] - first[k], lambda _, draws: interval(draws)) for k in sizes},
     }
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
+from neureasoner.directions import Direction
+from neureasoner.errors import UserError
 from neureasoner.inference.controller import Controller, Oracle, Watch
 from neureasoner.inference.plan import Plan
 from neureasoner.inference.rows import RowState
@@ -66,6 +68,13 @@ class Decoder(SteeredModel):
 
     def __init__(self, model: Any, tokenizer: Any, plan: Plan):
         super().__init__(model, tokenizer, plan)
+
+    def with_plan(self, plan: Plan, directions: Mapping[str, Direction] | None = None) -> SteeredModel:
+        """Refused: a baseline is more than its plan. Raises UserError."""
+        raise UserError(
+            f"baseline {self.plan.name} decides by code of its own, so plan {plan.name} cannot take its place; use "
+            "SteeredModel(model, tokenizer, plan)"
+        )
 
     def controller(self, oracles: Mapping[str, Oracle] | None = None, record: Sequence[str] = ()) -> Controller:
         """A controller for this baseline; it asks no oracles."""

@@ -20,7 +20,7 @@ from neureasoner.evaluation.metrics import Outcome
 from neureasoner.inference.plan import Plan
 from neureasoner.models import fingerprint, load
 from neureasoner.probes.detectors.gate import FailureGate, question_values
-from neureasoner.traces import read_problems, read_traces, write_rows
+from neureasoner.traces import Problem, read_problems, read_traces, write_rows
 
 
 def outcomes(accuracy: float, n: int = 10) -> list[Outcome]:
@@ -178,6 +178,20 @@ def test_a_killed_run_goes_on(config: Callable[..., AblateConfig], monkeypatch: 
     ablate(settings)
     merged = {p: t for p, t in first.items() if p.parent.name == "traces"}
     assert merged and all(p.stat().st_mtime_ns == t for p, t in merged.items())
+
+
+def test_problems_of_a_benchmark_are_graded_as_such(
+    config: Callable[..., AblateConfig], tmp_path: Path, capsys: Any
+) -> None:
+    rows = {n: [Problem(f"{n}{i}", "gsm8k", 1, f"What is {i} + {n == 'a'}?", str(i)) for i in range(3)] for n in "ab"}
+    files = {n: str(tmp_path / f"{n}.jsonl") for n in rows}
+    for n, problems in rows.items():
+        write_rows(files[n], problems)
+    found = ablate(config(problems=files["a"], validation=files["b"], strengths=[0.5], variants={}, gate=""))
+    assert found["arms"]["full"]["accuracy"] == 0.0 and found["n_problems"] == 3
+    write_rows(files["a"], [Problem("x", "poems", 1, "Rhyme?", "time")])
+    with pytest.raises(UserError, match="unknown problem family 'poems'"):
+        ablate(config(problems=files["a"], out=str(tmp_path / "other")))
 
 
 def test_overlapping_files_and_foreign_parts_are_refused(

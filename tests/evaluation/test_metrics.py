@@ -79,6 +79,17 @@ def test_known_values() -> None:
     assert found["accuracy_ci"] == [0.0, 1.0] and found["tokens_ci"] == [10.0, 30.0]
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_where_all_is_right_or_wrong_the_interval_is_exact(right: bool) -> None:
+    from scipy.stats import binomtest
+
+    rows = [Outcome(f"p{i}", "f", 1, s, right, 10.0) for i in range(50) for s in range(4)]
+    low, high = binomtest(50 * right, 50).proportion_ci(0.95, "exact")
+    assert summarise(rows)["accuracy_ci"] == pytest.approx([low, high], abs=1e-12)
+    one = [*rows, Outcome("p0", "f", 1, 4, not right, 10.0)]
+    assert summarise(one)["accuracy_ci"] != pytest.approx([low, high], abs=1e-3), "elsewhere it is the bootstrap's"
+
+
 def test_problems_weigh_the_same_whatever_their_samples() -> None:
     rows = [Outcome("a", "f", 1, s, True, 10) for s in range(9)] + [Outcome("b", "f", 1, 0, False, 10)]
     assert summarise(rows, resamples=10)["accuracy"] == 0.5

@@ -194,7 +194,7 @@ def test_the_arms_shown_first(names: list[str], pair: tuple[str, str]) -> None:
 
 def test_families_table_says_what_the_results_say(folder: Any) -> None:
     from neureasoner.artifacts import read_json
-    from neureasoner.evaluation.report import families_table
+    from neureasoner.evaluation.report_tables import families_table
 
     results = read_json(folder / "results.json")
     text = families_table(results)
@@ -203,6 +203,25 @@ def test_families_table_says_what_the_results_say(folder: Any) -> None:
         low, high = f["accuracy_ci"]
         cell = f"{100 * f['accuracy']:.1f}%<small>[{100 * low:.1f}, {100 * high:.1f}] · {f['tokens_mean']:.0f} tokens"
         assert cell in text
+
+
+def test_costs_and_curves_are_in_the_page(folder: Any) -> None:
+    from neureasoner.artifacts import read_json
+    from neureasoner.evaluation.report_tables import costs_table, curves_table
+
+    results = read_json(folder / "results.json")
+    assert curves_table(results) == ""
+    arm = results["arms"][0]
+    arm["cons"] = {"4": {"accuracy": 0.625, "accuracy_ci": [0.5, 0.75]}}
+    curves = curves_table(results)
+    assert "<th>Cons@4</th>" in curves and "Pass@" not in curves
+    assert curves.count("62.5%<small>[50.0, 75.0]</small>") == 1 and curves.count("<td") == len(results["arms"])
+    arm |= {"seconds_per_solved": 3.456, "seconds_per_solved_ci": [2.5, None], "forced_mean": 7.25}
+    text = costs_table(results)
+    assert "3.46<small>[2.50, ∞]</small>" in text and ">7.2<" in text
+    write_json(folder / "results.json", results)
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert text in page and curves in page
 
 
 def test_report_is_written_again_by_command(folder: Any, capsys: Any) -> None:

@@ -1,4 +1,4 @@
-"""Rows that have ended leave the batch, and nothing else changes: against stock ``generate``, and with all rows kept."""
+"""Rows that have ended leave the batch and nothing else changes: against stock ``generate``, and with all rows kept."""
 
 from __future__ import annotations
 

@@ -25,6 +25,14 @@ def test_vanilla_is_plain_generation(talker, tokenizer, prompts, kit) -> None:
     assert not any(any(g.forced) or g.events or g.probe_tokens for g in ours)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"), [("alpha_one", {"n_think": 9.0}), ("think_or_not", {}), ("budget_forcing", {"budget": 9})]
+)
+def test_another_plan_does_not_silently_replace_a_decoder(name, settings, talker, tokenizer) -> None:
+    with pytest.raises(UserError, match=rf"baseline {name} decides by code of its own, so plan none cannot"):
+        baseline(name, talker(), tokenizer, **settings).with_plan(Plan("none", ()))
+
+
 def test_no_thinking_is_the_shipped_plan_and_counts_its_prefill(talker, tokenizer, prompts, loop) -> None:
     model = talker()
     steered = baseline("no_thinking", model, tokenizer)
