@@ -61,7 +61,7 @@ class Steering:
             "trigger": trigger,
             "action": {config.action: True},
             "direction": _relative(self.direction, folder),
-            "strength": self.sign * strength,
+            "strength": {"value": self.sign * strength, "unit": config.unit},
         }
         return Plan.from_dict({"name": self.name, "rules": [rule]}, f"arm {self.name}", folder)
 
@@ -260,7 +260,7 @@ def _run(ablation: Ablation) -> dict[str, Any]:
         "problems": {"test": len(ablation.problems["test"]), "validation": len(ablation.problems["validation"])},
         "model": config.model,
         "direction": config.direction,
-        "rule": {"trigger": config.trigger, "action": config.action, "gate": config.gate},
+        "rule": {"trigger": config.trigger, "action": config.action, "gate": config.gate, "unit": config.unit},
         "versions": versions(),
         "command": command_line(),
     }

@@ -37,6 +37,9 @@ class AblateConfig:
     strengths: list[float] = field(
         default_factory=lambda: [0.1, 0.2, 0.3, 0.5, 1.0], metadata={"help": "strengths tried on validation problems"}
     )
+    unit: str = field(
+        default="raw", metadata={"help": "what strengths count: raw activation, or sigma, neurons' standard deviations"}
+    )
     tune: str = field(
         default="full",
         metadata={"help": "'full': its strength is chosen and all arms take it; 'each': every arm's own is chosen"},
@@ -56,7 +59,12 @@ class AblateConfig:
         for key in ("model", "direction", "validation", "problems", "out"):
             if not getattr(self, key):
                 raise UserError(f"key '{key}' is empty")
-        for key, known in (("trigger", TRIGGERS), ("action", ACTIONS), ("tune", ("full", "each"))):
+        for key, known in (
+            ("trigger", TRIGGERS),
+            ("action", ACTIONS),
+            ("unit", ("raw", "sigma")),
+            ("tune", ("full", "each")),
+        ):
             if getattr(self, key) not in known:
                 raise UserError(f"key '{key}' must be one of {', '.join(known)}, got '{getattr(self, key)}'")
         if not self.strengths or min(self.strengths) <= 0 or len(set(self.strengths)) < len(self.strengths):

@@ -76,7 +76,7 @@ def verdict(results: Mapping[str, Any]) -> str:
     """One sentence: does full beat vanilla?"""
     c = comparison(results, "full", "vanilla")
     assert c is not None
-    if not c["accuracy_excludes_zero"]:
+    if not c["accuracy_shown"]:
         return f"No difference in accuracy between full and vanilla is shown: {points(c)}, {p_of(c)}; {percent(c)}."
     more = "more" if c["accuracy_delta"] > 0 else "less"
     return f"Full is {more} often right than vanilla: {points(c)}, {p_of(c)}; {percent(c)}."

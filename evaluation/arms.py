@@ -33,6 +33,7 @@ class Arm:
     trigger   who pulls: ``probe`` (the chosen ones), ``paper`` (spectral only), ``random``, ``oracle``
     needs     arms measured first, because this one takes a number from them
     baseline  how it decodes, a name of ``inference.baselines``; such an arm runs only when asked for by name
+    nothinking  the thinking is closed in the prompt; the prefill is counted all the same
     """
 
     name: str
@@ -72,6 +73,20 @@ ARMS: dict[str, Arm] = {
             needs=(FULL, NO_THINKING),
         ),
         Arm("oracle_trigger", "all rules pulled by the exact judge: the ceiling", rules=("all",), trigger="oracle"),
+        Arm(
+            "no_thinking_share",
+            "the base model with as many thinkings closed at once as full closes, drawn by a coin",
+            model="base",
+            baseline="no_thinking",
+            needs=(FULL,),
+        ),
+        Arm(
+            "no_thinking_budget",
+            "no_thinking made to answer after half of vanilla's mean thinking",
+            model="base",
+            baseline="budget_forcing",
+            needs=(VANILLA,),
+        ),
         *(
             Arm(name, about, model="base", baseline=name, needs=needs)
             for name, about, needs in (
@@ -218,17 +233,27 @@ def thinking_of(vanilla: Iterable[Trace]) -> float:
     return mean
 
 
-def baseline_settings(arm: Arm, problems: Sequence[Problem], thinking: float) -> dict[str, Any]:
-    """What a baseline is run with here (docs/evaluation.md). ``thinking``: of ``thinking_of``, where it needs vanilla.
+def closed_share(full: Iterable[Trace]) -> float:
+    """Share of full's responses in which the instance rule closed the thinking."""
+    closed = [any(e["rule"] == "instance" and not e["suppressed"] for e in t.events) for t in full]
+    return sum(closed) / max(len(closed), 1)
+
+
+def baseline_settings(arm: Arm, problems: Sequence[Problem], thinking: float, share: float = 0.0) -> dict[str, Any]:
+    """What a baseline is run with here (docs/evaluation.md). ``thinking``: of ``thinking_of``, where it needs vanilla;
+    ``share``: of ``closed_share``, where it needs full.
 
     The rule: AlphaOne's N_think is ``thinking``; a budget is half of it, rounded.
     """
+    if arm.baseline == "no_thinking":
+        return {"share": share}
     if arm.baseline == "think_or_not":
         return {"options": options_of(problems)}
     key = {"alpha_one": "n_think", "thinking_budget": "tokens", "budget_forcing": "budget"}.get(arm.baseline)
     if key is None:
         return {}
-    return {key: thinking if key == "n_think" else round(BUDGET * thinking)}
+    settings: dict[str, Any] = {key: thinking if key == "n_think" else round(BUDGET * thinking)}
+    return settings | ({"no_thinking": True} if arm.name == "no_thinking_budget" else {})
 
 
 def as_baseline(base: SteeredModel, arm: Arm, settings: Mapping[str, Any]) -> SteeredModel:

@@ -31,6 +31,7 @@ from neureasoner.evaluation.metrics import (
     interval,
     per_problem,
     resampled_means,
+    shown,
     sign_flip_p,
     summarise,
 )
@@ -200,12 +201,12 @@ def contrast(rows: Outcomes, weights: Mapping[str, float], config: CombineConfig
     accuracy = np.sum([w * tables[n].accuracy for n, w in weights.items()], axis=0)
     tokens = np.sum([w * tables[n].tokens for n, w in weights.items()], axis=0)
     draws = resampled_means(np.stack([accuracy, tokens], axis=1), config.resamples, config.seed)
-    ends = interval(draws[:, 0])
+    ends, p = interval(draws[:, 0]), sign_flip_p(accuracy, config.resamples, config.seed)
     return {
         "accuracy": float(accuracy.mean()),
         "accuracy_ci": ends,
-        "accuracy_p": sign_flip_p(accuracy, config.resamples, config.seed),
-        "accuracy_excludes_zero": bool(ends[0] > 0 or ends[1] < 0),
+        "accuracy_p": p,
+        "accuracy_shown": shown(ends, p),
         "tokens": float(tokens.mean()),
         "tokens_ci": interval(draws[:, 1]),
     }

@@ -71,14 +71,14 @@ def sentence(effect: Mapping[str, Any]) -> str:
     alone, beside, change = effect["alone"], effect["beside"], effect["change"]
     seen = "its effect"
     values = f"alone {_points(alone)} points, beside all others {_points(beside)}, difference {_points(change)}"
-    if change["accuracy_excludes_zero"]:
+    if change["accuracy_shown"]:
         if alone["accuracy"] * change["accuracy"] >= 0:
             said = f"{seen} is larger beside the others"
-        elif alone["accuracy_excludes_zero"] and not beside["accuracy_excludes_zero"]:
+        elif alone["accuracy_shown"] and not beside["accuracy_shown"]:
             said = f"{seen} alone is not to be seen beside the others: they explain it"
         else:
             said = f"{seen} changes beside the others"
-    elif alone["accuracy_excludes_zero"] or beside["accuracy_excludes_zero"]:
+    elif alone["accuracy_shown"] or beside["accuracy_shown"]:
         said = "it has an effect, and no change of it by the others is shown"
     else:
         said = "no effect is shown, alone or beside the others"

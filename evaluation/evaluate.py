@@ -24,6 +24,7 @@ from neureasoner.evaluation.arms import (
     as_baseline,
     baseline_settings,
     choose,
+    closed_share,
     measured_rates,
     thinking_of,
     votes,
@@ -96,6 +97,10 @@ class Evaluation:
             self._thinking = thinking_of(read_traces(Path(self.config.out) / "traces" / f"{VANILLA}.jsonl"))
         return self._thinking
 
+    def closed(self) -> float:
+        """Share of full's responses whose thinking was closed at once; full has run."""
+        return closed_share(read_traces(Path(self.config.out) / "traces" / f"{FULL}.jsonl"))
+
     def run_of(self, arm: Arm) -> ArmRun:
         """An arm made ready; takes its numbers from the arms that have run."""
         k, rates = 1, None
@@ -107,7 +112,8 @@ class Evaluation:
 
         settings: dict[str, Any] = {}
         if arm.baseline:
-            settings = baseline_settings(arm, self.problems, self.thinking() if VANILLA in arm.needs else 0.0)
+            thinking = self.thinking() if VANILLA in arm.needs else 0.0
+            settings = baseline_settings(arm, self.problems, thinking, self.closed() if FULL in arm.needs else 0.0)
             self.extras.setdefault("baselines", {})[arm.name] = settings
 
         def load() -> Any:

@@ -158,7 +158,8 @@ def compare(
 ) -> dict[str, Any]:
     """Paired bootstrap by problem: accuracy difference, and relative token difference ``mean(arm)/mean(against) - 1``.
 
-    ``accuracy_p``: two-sided sign-flip permutation test of the accuracy difference by problem. Raises ValueError if the
+    ``accuracy_p``: two-sided sign-flip permutation test of the accuracy difference by problem. ``..._shown``: see
+    ``shown``. Raises ValueError if the
     two did not answer the same problems.
     """
     a, b = per_problem(arm), per_problem(against)
@@ -166,16 +167,25 @@ def compare(
         raise ValueError("paired comparison needs the same problems on both sides")
     draws = resampled_means(np.stack([a.accuracy - b.accuracy, a.tokens, b.tokens], axis=1), resamples, seed)
     accuracy_ci, tokens_ci = interval(draws[:, 0]), interval(draws[:, 1] / draws[:, 2] - 1)
+    p = sign_flip_p(a.accuracy - b.accuracy, resamples, seed)
     return {
         "accuracy_delta": float((a.accuracy - b.accuracy).mean()),
         "accuracy_delta_ci": accuracy_ci,
-        "accuracy_p": sign_flip_p(a.accuracy - b.accuracy, resamples, seed),
+        "accuracy_p": p,
         "tokens_relative": float(a.tokens.mean() / b.tokens.mean() - 1),
         "tokens_relative_ci": tokens_ci,
-        "accuracy_excludes_zero": bool(accuracy_ci[0] > 0 or accuracy_ci[1] < 0),
-        "tokens_excludes_zero": bool(tokens_ci[0] > 0 or tokens_ci[1] < 0),
+        "accuracy_shown": shown(accuracy_ci, p),
+        "tokens_shown": shown(tokens_ci),
         "n_problems": len(a.ids),
     }
+
+
+def shown(ends: Sequence[float], p: float = 0.0) -> bool:
+    """Whether a difference may be spoken of: its interval leaves 0 out, and where there is a p-value, so does that.
+
+    With few problems that differ the bootstrap's interval is too narrow; sign flips are exact there.
+    """
+    return bool((ends[0] > 0 or ends[1] < 0) and p <= 1 - LEVEL)
 
 
 def sign_flip_p(difference: np.ndarray, draws: int = RESAMPLES, seed: int = 0) -> float:

@@ -57,7 +57,7 @@ def arms_table(results: Mapping[str, Any]) -> str:
 
 def _sign(c: Mapping[str, Any], key: str, good: int) -> str:
     value = c["accuracy_delta"] if key == "accuracy" else c["tokens_relative"]
-    if not c[f"{key}_excludes_zero"]:
+    if not c[f"{key}_shown"]:
         return ""
     return "up" if value * good > 0 else "down"
 

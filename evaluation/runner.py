@@ -19,7 +19,7 @@ from neureasoner.evaluation.oracle import ExactOracles
 from neureasoner.evaluation.problems import is_program
 from neureasoner.evaluation.store import Key, SampleStore, check_once, key_of
 from neureasoner.steps import Separators
-from neureasoner.traces import InterLabel, IntraLabel, Labels, Problem, Trace
+from neureasoner.traces import NO_THINKING, InterLabel, IntraLabel, Labels, Problem, Trace
 
 
 def batch_seed(seed: int, sample: int, batch: int) -> int:
@@ -126,9 +126,11 @@ class ArmRun:
         oracles = ExactOracles().functions() if self.arm.trigger == "oracle" else None
         seed = self._seed(sample, batch, vote)
         tokenizer = self.model.tokenizer
+        # the closed thinking counts as generated (core.md §5.10), wherever it stands
+        prefill = len(tokenizer.encode(NO_THINKING, add_special_tokens=False)) if self.arm.nothinking else 0
         generations = self.model.generate(
             [prompt_of(tokenizer, p) for p in problems],
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=max(1, config.max_new_tokens - prefill),
             temperature=config.temperature,
             top_p=config.top_p,
             seed=seed,
@@ -142,6 +144,8 @@ class ArmRun:
             name = f"{problem.id}#{sample}" + (f".{vote}" if self.k > 1 else "")
             trace = g.to_trace(name, problem, arm=self.arm.name, sample=sample, vote=vote, seed=seed, scores=g.scores)
             offsets = separators.offsets(trace.response_ids)[1]
+            if prefill:
+                trace.meta["prefill"] = prefill
             trace.meta["forced_chars"] = _spans(trace.meta.get("forced", []), offsets)
             for event in trace.events:
                 event["char"] = offsets[event["token"]]
@@ -165,8 +169,11 @@ def outcomes(traces: Sequence[Trace], max_new_tokens: int) -> list[Outcome]:
 
 
 def _tokens(trace: Trace, cap: int) -> float:
-    """Every generated or forced token (as a server counted them, where one did); a truncated response costs the cap."""
-    return float(trace.meta.get("tokens") or len(trace.response_ids)) if trace.finished else float(cap)
+    """Every generated or forced token (as a server counted them, where one did), also those of a prefilled thinking; a
+    truncated response costs the cap."""
+    if not trace.finished:
+        return float(cap)
+    return float(trace.meta.get("tokens") or len(trace.response_ids)) + trace.meta.get("prefill", 0)
 
 
 def _outcome(group: list[Trace], sample: int, cap: int) -> Outcome:
@@ -191,7 +198,7 @@ def _outcome(group: list[Trace], sample: int, cap: int) -> Outcome:
         triggers=sum(not e["suppressed"] for t in group for e in t.events),
         seconds=sum(float(t.meta.get("seconds", 0.0)) for t in group),
         responses=len(group),
-        forced=float(sum(len(t.meta.get("forced", [])) for t in group)),
+        forced=float(sum(len(t.meta.get("forced", [])) + t.meta.get("prefill", 0) for t in group)),
         probe_tokens=float(sum(t.meta.get("probe_tokens", 0) for t in group)),
         answer=answer,
     )

@@ -51,8 +51,8 @@ def table(results: Mapping[str, Any], wide: bool = True) -> Table:
             safe(a["name"]),
             f"{100 * a['accuracy']:.1f}%{gap}[{100 * low:.0f}, {100 * high:.0f}]",
             f"{a['tokens_mean']:.0f}{gap}[{tokens[0]:.0f}, {tokens[1]:.0f}]",
-            _delta(c, "accuracy_delta", "accuracy_excludes_zero", 1, " pt" + gap),
-            _delta(c, "tokens_relative", "tokens_excludes_zero", -1, "%" + gap),
+            _delta(c, "accuracy_delta", "accuracy_shown", 1, " pt" + gap),
+            _delta(c, "tokens_relative", "tokens_shown", -1, "%" + gap),
             f"{a['triggers_per_trace']:.2f}",
             style="bold" if a["name"] in (VANILLA, FULL) else "",
         )

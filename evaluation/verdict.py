@@ -48,8 +48,8 @@ def headline(results: Mapping[str, Any]) -> str:
     c = comparison(results, FULL, VANILLA)
     if c is None:
         return figure(arm_of(results, VANILLA) or results["arms"][0])
-    right = _judged(c["accuracy_delta"], c["accuracy_excludes_zero"], "more often right", "less often right", "")
-    long = _judged(c["tokens_relative"], c["tokens_excludes_zero"], "longer", "shorter", "")
+    right = _judged(c["accuracy_delta"], c["accuracy_shown"], "more often right", "less often right", "")
+    long = _judged(c["tokens_relative"], c["tokens_shown"], "longer", "shorter", "")
     if right and long:
         how = "and" if (c["accuracy_delta"] > 0) == (c["tokens_relative"] < 0) else "but"
         return f"Full is {right} than vanilla {how} its answers are {long}: {points(c)}, {percent(c)}."
@@ -74,18 +74,18 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
     for rival, start in names.items():
         c = comparison(results, FULL, rival)
         if c:
-            verb = _judged(c["accuracy_delta"], c["accuracy_excludes_zero"], "gains", "loses", "shows no difference:")
+            verb = _judged(c["accuracy_delta"], c["accuracy_shown"], "gains", "loses", "shows no difference:")
             said.append(f"{start} {verb} {points(c)}, {percent(c)}.")
     for name in (n for n, arm in ARMS.items() if arm.baseline):
         c = comparison(results, name, VANILLA)
         if c:
-            verb = _judged(c["accuracy_delta"], c["accuracy_excludes_zero"], "gains", "loses", "shows no difference:")
+            verb = _judged(c["accuracy_delta"], c["accuracy_shown"], "gains", "loses", "shows no difference:")
             said.append(f"Against vanilla, {name} {verb} {points(c)}, {percent(c)}.")
     c = comparison(results, "oracle_trigger", FULL)
     if c:
         room = _judged(
             c["accuracy_delta"],
-            c["accuracy_excludes_zero"],
+            c["accuracy_shown"],
             "Better timing would still help: the exact judge's triggers gain",
             "Even the exact judge's triggers do not reach full:",
             "A gain from better timing is not shown: the exact judge's triggers bring",

@@ -43,7 +43,7 @@ class Generation:
     scores           every score a rule gave: step, token, rule, score
     finished         ended by EOS, not by the token limit
     thinking_tokens  leading tokens that belong to the thinking
-    seconds          the batch's wall time divided by its rows
+    seconds          its share of the batch's wall time, by the tokens it and its probes have
     probe_tokens     tokens read beside the response to decide about it (not in ``response_ids``)
     series           recorded sites, float32 [T - 1, C] (the last token is never read), when asked for
     """
@@ -142,17 +142,18 @@ def generate_batch(
                 logits_processor=LogitsProcessorList([watch] if watch is not None else []),
                 streamer=None if on_text is None else _Streamer(tokenizer, on_text, watch),
             )
-    seconds = (time.perf_counter() - begin) / len(prompt_ids)
-    ends = set(config.eos_token_id)
-    return [
-        _finish(tokenizer, list(prompt), new, ends, watch, i, seconds)
+    seconds, ends = time.perf_counter() - begin, set(config.eos_token_id)
+    done = [
+        _finish(tokenizer, list(prompt), new, ends, watch, i)
         for i, (prompt, new) in enumerate(zip(prompt_ids, output[:, ids.shape[1] :].tolist(), strict=True))
     ]
+    read = [len(g.response_ids) + g.probe_tokens for g in done]
+    for g, own in zip(done, read, strict=True):
+        g.seconds = seconds * own / sum(read)
+    return done
 
 
-def _finish(
-    tokenizer: Any, prompt: list[int], new: list[int], ends: set[int], watch: Any, i: int, seconds: float
-) -> Generation:
+def _finish(tokenizer: Any, prompt: list[int], new: list[int], ends: set[int], watch: Any, i: int) -> Generation:
     """Cut a row at its EOS and put its record together."""
     stop = next((t for t, token in enumerate(new) if token in ends), None)
     ids = new if stop is None else new[: stop + 1]
@@ -172,7 +173,7 @@ def _finish(
         finished=stop is not None,
         thinking_tokens=segmenter.thinking_tokens,
         steps=segmenter.steps(offsets),
-        seconds=seconds,
+        seconds=0.0,
         scores=[] if row is None else row.scores,
         series={} if watch is None else {s: v.copy() for s, v in watch.recorded(i).items()},
         probe_tokens=0 if row is None else row.probe_tokens,

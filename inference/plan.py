@@ -127,7 +127,14 @@ class Plan:
         return {r.name: r.action.ids(tokenizer) for r in self.rules if r.forces}
 
     def check_conflicts(self, written: Mapping[str, Iterable[str | Site]]) -> None:
-        """Raises UserError if two rules write one site without the policy ``order``. ``written``: sites by rule."""
+        """Raises UserError if two rules write one site without the policy ``order``, or one rule does so twice.
+
+        ``written``: sites by rule.
+        """
+        for name, sites in written.items():
+            for a, b in combinations(map(Site.parse, sites), 2):
+                if (a.kind, a.layer) == (b.kind, b.layer) and _share(a.indices, b.indices):
+                    raise UserError(f"plan {self.name}: rule {name} writes {a} and {b}, which overlap; join them")
         if self.conflicts == "order":
             return
         for (one, first), (two, second) in combinations(written.items(), 2):
@@ -208,6 +215,17 @@ def _first(rule: Rule) -> int | None:
     return (t.at_step or max(1, t.min_steps)) if rule.source == "always" else None
 
 
+def _shadows(first: Rule, rule: Rule) -> bool:
+    """Whether ``first``, evaluated before, forces its text at every step at which ``rule`` could."""
+    a, b = first.trigger, rule.trigger
+    if not (first.forces and rule.forces and rule.evaluated and first.source == "always"):
+        return False
+    if a.gate is not None or a.max is not None or a.consecutive > 1 or a.at_step is not None or b.at_step is not None:
+        return False
+    least = all(getattr(a, key) <= getattr(b, key) for key in ("min_steps", "min_tokens", "cooldown"))
+    return least and (a.immediate or not b.immediate)
+
+
 def _dead(rule: Rule, rules: tuple[Rule, ...]) -> str:
     """Why a rule can never fire; empty if it may."""
     t = rule.trigger
@@ -228,6 +246,8 @@ def _dead(rule: Rule, rules: tuple[Rule, ...]) -> str:
             return f"rule {other.name} always comes first, and at_step is not evaluated after an intervention"
         if rule.source == "start" and first == 0 and earlier:
             return f"rule {other.name} always comes first, and start is evaluated once"
+        if earlier and _shadows(other, rule):
+            return f"rule {other.name} forces its text wherever this one is evaluated, and comes first"
         if first == 0 and THINK_CLOSE in (other.action.force or "") and (rule.evaluated or rule.source == "boundary"):
             return f"rule {other.name} closes the thinking before the first token"
     return ""

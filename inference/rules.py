@@ -77,6 +77,8 @@ class Trigger:
             raise UserError(f"a trigger needs exactly one of {', '.join(SOURCES)}; got {got}")
         if self.threshold is not None and self.probe is None and not isinstance(self.gate, str):
             raise UserError("threshold belongs to a probe or gate trigger; name a probe or remove it")
+        if self.threshold is not None and np.isnan(self.threshold):
+            raise UserError("threshold is not a number, and no score is above it")
         if self.random is not None and not 0 <= self.random <= 1:
             raise UserError(f"random must be a probability between 0 and 1, got {self.random}")
         if isinstance(self.gate, int | float) and not 0 <= self.gate <= 1:
@@ -128,6 +130,8 @@ class Action:
             raise UserError("pieces belongs to a forced text; remove it")
         if self.add_logits is not None and not self.add_logits:
             raise UserError("add_logits needs tokens and their biases, such as {Wait: -3}")
+        if not np.isfinite([self.set or 0.0, *(self.add_logits or {}).values()]).all():
+            raise UserError("set and add_logits need finite numbers")
 
     @cached_property
     def kind(self) -> str:
@@ -167,7 +171,8 @@ class Strength:
     relative  times the norm of what is edited, position by position (a direction of norm 1 then adds that share)
     schedule  ``(response token, factor)`` points, joined by lines, constant outside; the prompt counts as token 0
     per_row   times a number for each prompt, given at generation
-    unit      ``sigma`` (only ``neuron`` sites): times each neuron's standard deviation, kept in the direction
+    unit      ``sigma`` (only ``neuron`` sites): in standard deviations; the direction, whose ``std`` are kept in it, is
+              scaled to move its neurons by one of them (root mean square)
     """
 
     value: float = 1.0

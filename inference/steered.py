@@ -87,6 +87,17 @@ def _loaded(
     return found
 
 
+def _check_reachable(plan: Plan, probes: Mapping[str, Any]) -> None:
+    """Raises UserError for a threshold that no probability exceeds (a decision rule's statistic may)."""
+    for rule in plan.rules:
+        t = rule.trigger
+        if t.probe is not None and t.threshold is not None and t.threshold >= 1 and probes[t.probe].rule is None:
+            raise UserError(
+                f"plan {plan.name}, rule {rule.name} can never fire: the score of {t.probe} is a probability, never "
+                f"above threshold {t.threshold}; lower it"
+            )
+
+
 def unknown_oracles(plan: Plan) -> dict[str, Oracle]:
     """Oracles are only known at generation; until then any will do."""
     return {r.trigger.oracle: (lambda row: False) for r in plan.rules if r.trigger.oracle}
@@ -142,10 +153,13 @@ class SteeredModel:
             plan = folder
         if not isinstance(plan, Plan):
             plan = Plan.load(plan)
+        # small files first: a model that takes minutes to load is not loaded for a plan that lacks one
+        probes, directions, gates = load_probes(plan), load_directions(plan), load_gates(plan)
+        _check_reachable(plan, probes)
         model, tokenizer = load(str(folder), device=device, dtype=dtype)
         card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
         accept = [card["base_fingerprint"]] if card.get("base_fingerprint") else []
-        steered = cls(model, tokenizer, plan, accept=accept)
+        steered = cls(model, tokenizer, plan, probes, accept, directions, gates)
         steered.card = card
         return steered
 

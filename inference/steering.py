@@ -25,7 +25,7 @@ from neureasoner.errors import UserError
 from neureasoner.inference.plan import Plan
 from neureasoner.inference.rows import RowState
 from neureasoner.inference.rules import DIRECTED, EVENTS, Rule
-from neureasoner.inference.writes import Write, writes_of, written_sites
+from neureasoner.inference.writes import Write, writes_of, written_places
 from neureasoner.sites import Layout, edit_site
 from neureasoner.steps import BLANK, CLOSED, Separators
 
@@ -108,7 +108,7 @@ class Steering:
                 if direction is not None and rule.direction not in checked:
                     _check(direction, model, accept)
                     checked.add(str(rule.direction))
-                written[rule.name] = written_sites(rule, direction, self.layout)
+                written[rule.name] = list(dict.fromkeys(written_places(rule, direction, self.layout)))
                 if rule in self.rules:
                     self._compile(rule, direction, tokenizer)
             except UserError as e:

@@ -55,6 +55,16 @@ def written_sites(rule: Rule, direction: Direction | None, layout: Layout) -> li
     return list(dict.fromkeys(layout.check(s) for s in out))
 
 
+def written_places(rule: Rule, direction: Direction | None, layout: Layout) -> list[Site]:
+    """``written_sites``, but what is written where it is not named: heads held against a direction of hidden size."""
+    found = written_sites(rule, direction, layout)
+    if rule.action.kind != "scale" or direction is None:
+        return found
+    own = {s: direction.values.get(str(s)) for s in found if s.kind == "head"}
+    moved = {s for s, value in own.items() if value is None or value.ndim == 1}
+    return [Site("attn_out", s.layer) if s in moved else s for s in found]
+
+
 def _every(kind: str, direction: Direction | None, layout: Layout) -> list[Site]:
     """The sites ``kind:*`` stands for: the direction's of this kind, else one in each block it has a vector for."""
     if direction is None:
@@ -76,15 +86,28 @@ def _vector(rule: Rule, direction: Direction, site: Site) -> torch.Tensor:
         value = near[0] if len(near) == 1 else None
     if value is None:
         raise UserError(f"site '{site}': the direction has no values for it, only for {', '.join(direction.sites)}")
-    if rule.strength.unit == "sigma":
-        std = direction.info.get("std", {}).get(str(site))
-        if site.kind != "neuron" or std is None or len(std) != len(value):
+    return value / _spread(direction) if rule.strength.unit == "sigma" else value
+
+
+def _spread(direction: Direction) -> float:
+    """Root mean square, over all its neurons, of the direction's values in standard deviations.
+
+    Divided by it, a direction moves its neurons by one deviation, so that a strength means the same along any of them
+    (core.md §3.3). Raises UserError where a deviation is not known.
+    """
+    parts = []
+    for site, value in direction.values.items():
+        std = direction.info.get("std", {}).get(site)
+        if Site.parse(site).kind != "neuron" or std is None or len(std) != len(value) or not all(s > 0 for s in std):
             raise UserError(
                 f"site '{site}': unit sigma needs each neuron's standard deviation, which the direction lacks here "
                 "(info 'std'); use unit raw or make the direction again"
             )
-        value = value * torch.tensor(std, dtype=torch.float32)
-    return value
+        parts.append(value.double() / torch.tensor(std, dtype=torch.float64))
+    spread = float(torch.cat(parts).square().mean().sqrt())
+    if not spread:
+        raise UserError("the direction is 0 everywhere, so it has no length in standard deviations")
+    return spread
 
 
 def _channels(site: Site, layout: Layout, device: torch.device) -> torch.Tensor | None:

@@ -89,14 +89,15 @@ class Direction:
                 values[text] = _of_norms(torch.randn(value.shape, generator=rng), value)
                 continue
             new = Site(site.kind, site.layer, self._others(site, rng))
-            sizes = value[torch.randperm(len(value), generator=rng)]
+            order = torch.randperm(len(value), generator=rng)
+            sizes = value[order]
             if site.kind == "neuron":
                 sign = torch.randint(0, 2, value.shape, generator=rng) * 2 - 1
                 values[str(new)] = sizes.abs() * sign
             else:
                 values[str(new)] = _of_norms(torch.randn(value.shape, generator=rng), sizes)
-            if text in self.info.get("std", {}):
-                std[str(new)] = list(self.info["std"][text])
+            if text in self.info.get("std", {}):  # each size keeps its own, so that the norm in deviations is equal too
+                std[str(new)] = [self.info["std"][text][i] for i in order.tolist()]
         info = {**self.info, "random_like": {"seed": seed, "of": self.meaning}}
         if "std" in info:
             info["std"] = std

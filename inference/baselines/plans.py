@@ -24,17 +24,22 @@ def vanilla(model: Any, tokenizer: Any) -> SteeredModel:
     return SteeredModel(model, tokenizer, Plan("vanilla"))
 
 
-def start_rule() -> Rule:
-    """NoThinking's closed thinking, forced before the first token, so that it is counted (core.md §5.9)."""
-    return Rule("no_thinking", Trigger(start=True), Action(force=NO_THINKING))
+def start_rule(share: float = 1.0) -> Rule:
+    """NoThinking's closed thinking, forced before the first token, so that it is counted (core.md §5.9).
+
+    ``share``: of the responses, drawn by a coin.
+    """
+    return Rule("no_thinking", Trigger(start=True, gate=None if share == 1 else share), Action(force=NO_THINKING))
 
 
-def no_thinking(model: Any, tokenizer: Any) -> SteeredModel:
+def no_thinking(model: Any, tokenizer: Any, share: float = 1.0) -> SteeredModel:
     """NoThinking; with budget forcing: ``budget_forcing(..., no_thinking=True)``. The prefill counts as generated.
+
+    ``share``: closed in that share of the responses only, drawn by a coin: the control of a rule that closes some.
 
     ``vanilla(...).generate(..., nothinking=True)`` samples after the same prefill as a part of the prompt, uncounted.
     """
-    return SteeredModel(model, tokenizer, Plan("no_thinking", (start_rule(),)))
+    return SteeredModel(model, tokenizer, Plan("no_thinking", (start_rule(share),)))
 
 
 def thinking_budget(model: Any, tokenizer: Any, tokens: int, text: str = CLOSE) -> SteeredModel:

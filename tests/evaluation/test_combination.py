@@ -114,7 +114,7 @@ def test_a_part_that_another_explains_is_told_from_one_that_adds_up(config: Call
 
 
 def _contrast(value: float, half: float) -> dict[str, Any]:
-    return {"accuracy": value, "accuracy_ci": [value - half, value + half], "accuracy_excludes_zero": abs(value) > half}
+    return {"accuracy": value, "accuracy_ci": [value - half, value + half], "accuracy_shown": abs(value) > half}
 
 
 def test_the_other_verdicts() -> None:

@@ -105,10 +105,10 @@ def test_pairing_removes_what_both_share() -> None:
     vanilla = outcomes(1, problems=100, samples=1)
     arm = [Outcome(o.problem, o.family, o.difficulty, 0, o.correct, o.tokens * 0.5) for o in vanilla]
     c = compare(arm, vanilla, resamples=500)
-    assert c["accuracy_delta"] == 0 and c["accuracy_delta_ci"] == [0, 0] and not c["accuracy_excludes_zero"]
+    assert c["accuracy_delta"] == 0 and c["accuracy_delta_ci"] == [0, 0] and not c["accuracy_shown"]
     assert c["tokens_relative"] == pytest.approx(-0.5)
     np.testing.assert_allclose(c["tokens_relative_ci"], [-0.5, -0.5])
-    assert c["tokens_excludes_zero"] and c["accuracy_p"] == 1.0
+    assert c["tokens_shown"] and c["accuracy_p"] == 1.0
 
 
 def test_paired_difference_agrees_with_a_plain_loop() -> None:

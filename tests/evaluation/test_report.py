@@ -259,10 +259,10 @@ def test_headline_says_no_more_than_the_intervals(accuracy: Any, tokens: Any, wo
         "against": "vanilla",
         "accuracy_delta": accuracy[0],
         "accuracy_delta_ci": accuracy[1:],
-        "accuracy_excludes_zero": sure(accuracy),
+        "accuracy_shown": sure(accuracy),
         "tokens_relative": tokens[0],
         "tokens_relative_ci": tokens[1:],
-        "tokens_excludes_zero": sure(tokens),
+        "tokens_shown": sure(tokens),
     }
     assert words in headline({"comparisons": [row], "arms": []})
 

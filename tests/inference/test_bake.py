@@ -176,7 +176,7 @@ def test_all_reasons_are_told_at_once(make_model, tokenizer):
     assert re.search(text, str(error.value)) and "add-residual-0: down_proj of a stock qwen3" in str(error.value)
     with pytest.raises(UserError, match="as_llama: a qwen3 is not written as a Llama"):
         bake_into(make_model("qwen3"), tokenizer, Plan("t", (EDITS[0],)), DIRECTIONS, as_llama=True)
-    think = Plan("t", (EDITS[4], rule("scale", "attn_out", 0.2)))
+    think = Plan("t", (EDITS[4], rule("scale", "attn_out", 0.2)), conflicts="order")
     with pytest.raises(UserError, match="scale-attn_out-1: rule scale-attn_out-0 writes the same o_proj"):
         bake_into(make_model("llama"), tokenizer, think, DIRECTIONS)
 

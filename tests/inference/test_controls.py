@@ -15,6 +15,8 @@ from neureasoner.errors import UserError
 from neureasoner.inference.controls import flipped, measured_rates, no_op, random_direction, random_trigger
 from neureasoner.inference.decode import Generation
 from neureasoner.inference.plan import Action, Plan, Rule, Strength, Trigger
+from neureasoner.inference.writes import writes_of
+from neureasoner.sites import Layout
 
 _spec = importlib.util.spec_from_file_location("steering_by_hand", Path(__file__).parent / "by_hand.py")
 assert _spec and _spec.loader
@@ -86,6 +88,25 @@ def test_random_directions_have_the_norm_and_run(make_model, tokenizer, prompts)
     assert {e["rule"] for g in out for e in g.events} >= {"dense", "sparse"}
     with pytest.raises(UserError, match="no rule has a direction to draw"):
         random_direction(Plan("x", (FORCE,)), {}, 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_neurons_move_as_many_deviations(make_model, seed):
+    """A strength in deviations edits the control's activations by the norm it edits the direction's by."""
+    site, sizes = "neuron:1[3,9,20]", {"sizes": {"neuron": 48}}
+    old = Direction(
+        {site: torch.tensor([1.0, 2.0, 3.0])}, "positive = test", info=sizes | {"std": {site: [10.0, 1.0, 0.1]}}
+    )
+    rule = Rule("r", Trigger(always=True), Action(add=True), direction="d", strength=Strength(unit="sigma"))
+    plan, drawn = random_direction(Plan("p", (rule,)), {"d": old}, seed)
+    layout = Layout.of(make_model())
+    moved = [writes_of(r, d, layout)[0].vector.double() for r, d in ((rule, old), (plan.rules[0], drawn["d"]))]
+    ratio = np.array([1 / 10, 2, 3 / 0.1])
+    np.testing.assert_allclose(moved[0][0], np.array([1, 2, 3]) / np.sqrt((ratio**2).mean()), rtol=1e-6)
+    assert float(moved[1].norm()) == pytest.approx(float(moved[0].norm()), rel=1e-6)
+    [(where, values)] = drawn["d"].values.items()
+    kept = dict(zip(values.abs().tolist(), drawn["d"].info["std"][where], strict=True))
+    assert kept == {1.0: 10.0, 2.0: 1.0, 3.0: 0.1}, "each size keeps its own deviation"
 
 
 def test_rates_are_counted_from_the_event_log():

@@ -175,6 +175,13 @@ FORCE = "action: {force: x}"
             ["trigger: {start: true}, action: {force: 'ok</think>'}", f"trigger: {{probe: p}}, {FORCE}"],
             "r1 can never fire: rule r0 closes the thinking before the first token",
         ),
+        (
+            [f"trigger: {{always: true, max: null}}, {FORCE}", f"trigger: {{probe: p, min_steps: 2}}, {FORCE}"],
+            "r1 can never fire: rule r0 forces its text wherever this one is evaluated, and comes first",
+        ),
+        ([f"trigger: {{probe: p, threshold: .nan}}, {FORCE}"], "threshold is not a number"),
+        (["trigger: {always: true}, site: residual:0, action: {set: .nan}"], "need finite numbers"),
+        (["trigger: {always: true}, action: {add_logits: {a: .inf}}"], "need finite numbers"),
     ],
 )
 def test_a_rule_that_can_never_fire_is_refused(tmp_path, rules, message):
@@ -190,10 +197,13 @@ def test_rules_that_may_fire_are_kept(tmp_path):
         f"trigger: {{probe: p, at_step: 4, min_steps: 4}}, {FORCE}",
         f"trigger: {{random: 0.5, gate: g}}, {FORCE}",
         "trigger: {gate: g, decode: true, threshold: 0.9}, direction: d, action: {add: true}, strength: 0",
+        f"trigger: {{always: true, max: null, cooldown: 3, min_steps: 9}}, {FORCE}",
+        f"trigger: {{probe: p, cooldown: 2, min_steps: 9}}, {FORCE}",  # waits less than the one before it
+        f"trigger: {{probe: p, immediate: true, cooldown: 3, min_steps: 9}}, {FORCE}",  # is asked within steps
     ]
     rows = [f"{{name: r{i}, {row}}}" for i, row in enumerate(rows)]
     (tmp_path / "plan.yaml").write_text(f"name: x\nrules: [{', '.join(rows)}]")
-    assert len(Plan.load(tmp_path).rules) == 4
+    assert len(Plan.load(tmp_path).rules) == 7
 
 
 def test_two_rules_at_one_site_need_a_policy(tmp_path):
@@ -211,6 +221,8 @@ def test_two_rules_at_one_site_need_a_policy(tmp_path):
         plan("residual:0", "residual:1", "conflicts: first")
     assert plan("residual:1", "residual:1", "conflicts: order").conflicts == "order"
     assert len(plan("'neuron:1[4,5]'", "'neuron:1[6]'").rules) == 2
+    with pytest.raises(UserError, match=r"rule r0 writes neuron:1\[2,3\] and neuron:1\[3,4\], which overlap"):
+        plan("['neuron:1[2,3]', 'neuron:1[3,4]']", "residual:1", "conflicts: order")
 
 
 def test_every_key_survives_a_round_trip(tmp_path):

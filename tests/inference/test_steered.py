@@ -329,6 +329,26 @@ def test_what_a_plan_names_and_does_not_get_is_named(steering, make_model, token
     assert not (tmp_path / "s").exists()
 
 
+def test_a_threshold_no_probability_exceeds_is_refused(checkpoint, tmp_path):
+    plan = Plan.load(checkpoint)
+    name = next(r.name for r in plan.rules if r.trigger.probe is not None)
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    plan.replace_triggers({name: {"threshold": 1.0}}).save(folder / "plan.yaml")
+    with pytest.raises(UserError, match=f"rule {name} can never fire: the score of .* is a probability"):
+        SteeredModel.from_pretrained(folder)
+
+
+def test_small_files_are_read_before_the_model(checkpoint, tmp_path, monkeypatch):
+    from neureasoner import models
+
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    probe = next(r.trigger.probe for r in Plan.load(folder).rules if r.trigger.probe is not None)
+    (folder / probe / "probe.json").unlink()
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("the model was loaded first"))
+    with pytest.raises(UserError, match=r"probe.json does not exist"):
+        SteeredModel.from_pretrained(folder)
+
+
 def test_a_rule_that_waits_longer_than_the_response_may_be_is_refused(checkpoint):
     steered = SteeredModel.from_pretrained(checkpoint, device="cpu")
     plan = steered.plan.select(["intra"]).replace_triggers({"intra": {"min_steps": 30}})

@@ -95,7 +95,8 @@ CASES: dict[str, tuple[Rule, Direction | None, dict[tuple[str, int], Any]]] = {
     "add neurons in sigma": (
         rule({"add": True}, ALL, strength=Strength(0.3, unit="sigma")),
         SPARSE,
-        {("neuron", 1): everywhere(bump(NEURONS, DELTA * torch.tensor([0.5, 2.0, 1.0]), 0.3))},
+        # 4, -3, 5 are 8, -1.5 and 5 deviations
+        {("neuron", 1): everywhere(bump(NEURONS, DELTA, 0.3 / ((8**2 + 1.5**2 + 5**2) / 3) ** 0.5))},
     ),
     "add heads": (
         rule({"add": True}, LAST),
@@ -465,7 +466,16 @@ def test_bad_input_is_named_before_anything_runs(make_model, tokenizer, prompts)
         rule({"scale": True}),
         {"d": Direction({"residual:1": 0 * VECTOR}, "m")},
     )
+    # what heads write is the attention's output, whatever site the rule names
+    thinkedit = rule({"scale": True}, ALL, name="t", site=("head:1[0,2]",))
+    both = {"d": Direction({"attn_out:1": VECTOR}, "m")}
+    refused("rules t and r both write attn_out:1", Plan("t", (thinkedit, rule({"add": True}, ALL))), both)
+    assert Controller(
+        model, tokenizer, Plan("t", (thinkedit, rule({"add": True}, ALL)), conflicts="order"), directions=both
+    )
     sigma = rule({"add": True}, strength=Strength(unit="sigma"))
+    dead = Direction({"neuron:1[3]": DELTA[:1]}, "m", info={"std": {"neuron:1[3]": [0.0]}})
+    refused("unit sigma needs each neuron's standard deviation", sigma, {"d": dead})
     refused("unit sigma needs each neuron's standard deviation", sigma, {"d": DENSE})
     refused("add_logits: 'Wait, no way' is . tokens", rule({"add_logits": {"Wait, no way": 1.0}}, direction=None), {})
     small = make_model(vocab_size=tokenizer.convert_tokens_to_ids("<INTRA>"))
