@@ -1,5 +1,5 @@
-"""SFTTrainer with three things of ours: batches of like length that survive a resume, checkpoints that are whole or
-absent, and one short line per log."""
+"""SFTTrainer with four things of ours: batches of like length that survive a resume, checkpoints that are whole or
+absent, an error at the first number that is none, and one short line per log."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTTrainer
 
 from neureasoner.training.checkpoints import WholeCheckpoints
+from neureasoner.training.finite import FiniteLoss, Guard
 
 POOL = 32  # batches whose rows are sorted by length together
 
@@ -67,7 +68,7 @@ class Lines(TrainerCallback):
         print("  ".join([*shown, f"{int(left) // 60}:{int(left) % 60:02d} left"]), flush=True)
 
 
-class TriggerTrainer(WholeCheckpoints, SFTTrainer):  # type: ignore[misc]
+class TriggerTrainer(FiniteLoss, WholeCheckpoints, SFTTrainer):  # type: ignore[misc]
     """TRL's trainer; ``train_sampling_strategy: group_by_length`` uses ``LikeLengths``."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -79,6 +80,7 @@ class TriggerTrainer(WholeCheckpoints, SFTTrainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(Lines())
+        self.add_callback(Guard())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = train_dataset if train_dataset is not None else self.train_dataset

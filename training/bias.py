@@ -1,7 +1,7 @@
 """``training bias``: bias vectors, LoRA or the whole model, by RL on verifiable answers or by SFT (core.md §4).
 
     neureasoner training bias --model tiny --problems runs/p/problems.jsonl --out runs/vectors
-    accelerate launch --num_processes 8 training/bias.py --config bias.yaml     # several devices: the same settings
+    accelerate launch --num_processes 8 training/bias.py --config bias.yaml     # several devices: untried
 
 Kill it at any time; the same command goes on from the last whole checkpoint and draws what it would have drawn. Several
 learning rates each get ``trial_steps`` updates, the one that does best on validation problems goes on to ``steps``:
@@ -90,6 +90,8 @@ def _arguments(config: BiasConfig, rate: float, steps: int, folder: Path) -> Any
 def _sft_rows(config: BiasConfig) -> list[dict[str, list[int]]]:
     """Right, finished traces as ``input_ids`` and ``labels`` (-100 on the prompt)."""
     from neureasoner.data_builders.encoding import IGNORE
+    from neureasoner.models import load_tokenizer
+    from neureasoner.steps import Separators
     from neureasoner.training.rewards import is_right
 
     kinds = config.kinds
@@ -102,6 +104,13 @@ def _sft_rows(config: BiasConfig) -> list[dict[str, list[int]]]:
             f"{config.traces}: {len(right)} right, finished traces, fewer than one batch of {config.rows}; sample more "
             "traces, or lower prompts or samples"
         )
+    separators = Separators.of(load_tokenizer(config.model))
+    for t in right:
+        if separators.offsets(t.response_ids)[0] != t.response:
+            raise UserError(
+                f"{config.traces}: trace '{t.id}' is in the tokens of another model than {config.model}; sample traces "
+                "with this one"
+            )
     return [
         {"input_ids": t.prompt_ids + t.response_ids, "labels": [IGNORE] * len(t.prompt_ids) + t.response_ids}
         for t in right
@@ -116,10 +125,10 @@ def _problems(config: BiasConfig) -> tuple[list[Problem], list[Problem]]:
 
     held = choose_problems(config.validation, config.kinds) if config.validation else []
     if config.objective == "sft":
-        check_gold(held, config.answer)
-        return [], held
-    train = choose_problems(config.problems, config.kinds)
-    if len(train) < config.prompts:
+        train = [t.problem for t in read_traces(config.traces)]
+    else:
+        train = choose_problems(config.problems, config.kinds)
+    if config.objective != "sft" and len(train) < config.prompts:
         raise UserError(
             f"{config.problems}: {len(train)} problems, fewer than one update's {config.prompts}; make more problems, "
             "choose more kinds, or lower prompts"
@@ -128,7 +137,7 @@ def _problems(config: BiasConfig) -> tuple[list[Problem], list[Problem]]:
     shared = [p.id for p in held if same_question(p.question) in known]
     if shared:
         raise UserError(f"{config.validation}: problem '{shared[0]}' is a training problem too; make another split")
-    check_gold([*train, *held], config.answer)
+    check_gold([*(train if config.objective != "sft" else []), *held], config.answer)
     return train, held
 
 
@@ -142,12 +151,16 @@ def build(config: BiasConfig, rate: float, steps: int, folder: Path, reward: Any
 
     from neureasoner.models import load
     from neureasoner.training import policy_trainer as trainers
+    from neureasoner.training.finite import Guard
     from neureasoner.training.policy_measure import prompt_of
     from neureasoner.training.rewards import coin, verified
     from neureasoner.training.vectors import BiasVectors
 
     disable_progress_bar()
     args = _arguments(config, rate, steps, folder)
+    # what is trained on is read and checked first: the model may take minutes
+    rows_of_sft = _sft_rows(config) if config.objective == "sft" else []
+    problems, _ = _problems(config)
     dtype = config.dtype or (torch.float32 if config.arm == "full" else None)  # steps of 1e-6 would round away
     model, tokenizer = load(config.model, device=_device(config), dtype=dtype)
     vectors = BiasVectors(model) if config.arm == "vectors" else None
@@ -167,9 +180,8 @@ def build(config: BiasConfig, rate: float, steps: int, folder: Path, reward: Any
         "peft_config": lora if config.arm == "lora" else None,
     }
     if config.objective == "sft":
-        trainer: Any = trainers.PlainTrainer(train_dataset=Dataset.from_list(_sft_rows(config)), **common)
+        trainer: Any = trainers.PlainTrainer(train_dataset=Dataset.from_list(rows_of_sft), **common)
     else:
-        problems, _ = _problems(config)
         chosen = reward or (coin() if config.reward == "random" else verified(config.answer))
         rows = [{"prompt": prompt_of(tokenizer, p, config.template), "row": i} for i, p in enumerate(problems)]
         kind = trainers.RlooTrainer if config.objective == "rloo" else trainers.GrpoTrainer
@@ -184,7 +196,7 @@ def build(config: BiasConfig, rate: float, steps: int, folder: Path, reward: Any
     trainer.vectors = vectors
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(trainers.Lines())
-    trainer.add_callback(trainers.Guard())
+    trainer.add_callback(Guard())
     return trainer
 
 

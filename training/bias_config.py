@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from neureasoner.errors import UserError
 
 ARMS = ("vectors", "lora", "full")
+RATES = {"vectors": 1e-3, "lora": 1e-4, "full": 1e-6}
 OBJECTIVES = ("rloo", "grpo", "sft")
 REWARDS = ("verified", "random")
 ANSWERS = ("boxed", "tagged")
 SCALES = ("none", "group", "batch")
-LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo")
+LOSSES = ("dapo", "grpo")
 QUESTION = "{question}"
 _KIND = re.compile(r"[a-z_]+:\d+")
 
@@ -64,7 +65,11 @@ class BiasConfig:
     max_new_tokens: int = field(default=512, metadata={"help": "cap; a response that reaches it is wrong"})
     temperature: float = field(default=1.0, metadata={"help": "of the samples; top-p is 1"})
     learning_rate: list[float] = field(
-        default_factory=lambda: [1e-3], metadata={"help": "one, or several to choose from on validation problems"}
+        default_factory=list,
+        metadata={
+            "help": "one, or several to choose from on validation problems; empty = 1e-3 for vectors, 1e-4 for "
+            "lora, 1e-6 for full (core.md §4.2)"
+        },
     )
     trial_steps: int = field(default=30, metadata={"help": "updates each rate gets before one is chosen"})
     validation: str = field(default="", metadata={"help": "problem file the rate is chosen on; needed for several"})
@@ -95,6 +100,8 @@ class BiasConfig:
         wanted = "traces" if self.objective == "sft" else "problems"
         if not getattr(self, wanted):
             raise UserError(f"key '{wanted}' is missing: objective {self.objective} trains on it")
+        if self.objective == "sft" and self.template != QUESTION:
+            raise UserError("key 'template' has no effect with sft: the traces hold their prompts; leave it out")
         if self.objective != "sft" and self.samples < 2:
             raise UserError(f"key 'samples' must be at least 2 for {self.objective}: the others are the baseline")
         if self.objective != "grpo" and self.beta:
@@ -105,7 +112,8 @@ class BiasConfig:
             raise UserError(f"key 'warmup' is a share and must lie in [0, 1), got {self.warmup}")
         if self.max_grad_norm <= 0:
             raise UserError(f"key 'max_grad_norm' must be above 0, got {self.max_grad_norm}")
-        if not self.learning_rate or min(self.learning_rate) <= 0:
+        self.learning_rate = self.learning_rate or [RATES[self.arm]]
+        if min(self.learning_rate) <= 0:
             raise UserError(f"key 'learning_rate' must hold numbers above 0, got {self.learning_rate}")
         if len(set(self.learning_rate)) > 1 and not self.validation and not self.rate_of:
             raise UserError("key 'validation' is missing: several learning rates are chosen from on its problems")

@@ -13,7 +13,7 @@ from neureasoner.artifacts import read_json
 from neureasoner.errors import UserError
 from neureasoner.training.tools_config import MergeConfig
 
-TOLERANCE = 1e-3  # of the trigger logits, float32, relative to the largest of them where that is above 1
+TOLERANCE = 1e-3  # of the trigger logits, in float32
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -63,17 +63,27 @@ def merged(folder: Path, base_name: str) -> tuple[Any, Any, dict[str, Any]]:
     """``(plain model in float32, tokenizer, {"triggers", "logit_difference", "trigger_difference"})``."""
     import torch
     from peft import PeftModel
+    from safetensors import SafetensorError, safe_open
     from transformers import AutoTokenizer
 
     from neureasoner.models import load
     from neureasoner.training.triggers import grow
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    # ---- The small files first: the base may take minutes
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as e:  # the tokenizers library raises bare ones for a damaged file
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({str(e).strip().splitlines()[0]})") from None
+    try:
+        with safe_open(str(folder / ADAPTER[1]), framework="pt"):
+            pass
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{folder / ADAPTER[1]}: cannot be read ({e}); train or copy the adapter again") from None
     base, _ = load(base_name, device="cpu", dtype="float32")
     grow(base, tokenizer)
     try:
         adapted = PeftModel.from_pretrained(base, str(folder)).eval()
-    except (RuntimeError, KeyError, ValueError) as e:
+    except (RuntimeError, KeyError, ValueError, TypeError) as e:
         reason = str(e).strip().splitlines()[-1].strip()
         raise UserError(
             f"{folder}: does not fit the base '{base_name}' ({reason}); name its base with --model"
@@ -88,8 +98,7 @@ def merged(folder: Path, base_name: str) -> tuple[Any, Any, dict[str, Any]]:
         after = model(input_ids=probe).logits
     difference = (before - after).abs()
     triggers = difference[..., ids] if ids else difference
-    allowed = TOLERANCE * max(1.0, float((before[..., ids] if ids else before).abs().max()))
-    if not float(triggers.max()) <= allowed:
+    if not float(triggers.max()) <= TOLERANCE:
         raise UserError(f"{folder}: merging changes the trigger logits by {float(triggers.max()):.2g}; not written")
     named = {tokenizer.convert_ids_to_tokens(i): [i] for i in ids}
     found = {"logit_difference": float(difference.max()), "trigger_difference": float(triggers.max())}

@@ -39,13 +39,14 @@ from neureasoner.errors import UserError
 from neureasoner.traces import Problem
 from neureasoner.training.batches import LikeLengths
 from neureasoner.training.checkpoints import WholeCheckpoints
+from neureasoner.training.finite import FiniteLoss
 from neureasoner.training.policy import sample
 from neureasoner.training.policy_measure import encode, text_of
 from neureasoner.training.rewards import Reward, is_right, scored
 from neureasoner.training.vectors import BiasVectors
 
 VECTORS_FILE = "bias_vectors.safetensors"
-GAP = 0.1  # mean difference of log-probabilities above which trainer and sampler are not one model
+GAP = 0.02  # mean difference of log-probabilities above which trainer and sampler are not one model
 _PROMPT, _RESPONSE = ("prompt_ids", "prompt_mask"), ("completion_ids", "completion_mask")
 _PER_TOKEN = (*_RESPONSE, "sampling_per_token_logps", "old_per_token_logps", "ref_per_token_logps")
 
@@ -58,18 +59,6 @@ class Task:
     reward: Reward
     answer: str
     seed: int
-
-
-class Guard(TrainerCallback):
-    """Stops at the first gradient that is not finite, before it reaches the parameters."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-                raise UserError(
-                    f"step {state.global_step + 1}: the gradient of {name} is NaN or infinite; "
-                    "lower learning_rate, or train in float32"
-                )
 
 
 class Lines(TrainerCallback):
@@ -96,17 +85,10 @@ class Lines(TrainerCallback):
         print("  ".join([*shown, f"{int(left) // 60}:{int(left) % 60:02d} left"]), flush=True)
 
 
-class Checked(WholeCheckpoints):
+class Checked(FiniteLoss, WholeCheckpoints):
     """Shared by all three: errors at the first number that is none, and checkpoints of the vectors alone."""
 
     vectors: BiasVectors | None = None
-
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        if not bool(torch.isfinite(loss)):
-            step = self.state.global_step + 1  # type: ignore[attr-defined]
-            raise UserError(f"step {step}: the loss is {float(loss)}; lower learning_rate, or train in float32")
-        return loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.vectors is None:

@@ -71,10 +71,16 @@ def launched_with(what: str) -> bool:
 
 
 def split_problems(rows: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """(train, held out): a problem's rows stay together."""
+    """(train, held out): a problem's rows stay together. Raises UserError for a share that leaves either empty."""
     problems = sorted({row.problem.id for row in rows})
     random.Random(seed).shuffle(problems)
-    held = set(problems[: round(share * len(problems))])
+    n = round(share * len(problems))
+    if n == len(problems) or (share and not n):
+        raise UserError(
+            f"eval_share {share:g} of {len(problems)} problems holds out {n}, so nothing is left to "
+            f"{'train on' if n else 'evaluate on'}; change it, or give more rows"
+        )
+    held = set(problems[:n])
     return [r for r in rows if r.problem.id not in held], [r for r in rows if r.problem.id in held]
 
 
@@ -142,6 +148,16 @@ def build(script: SftArguments, args: Any, callbacks: Sequence[Any] = ()) -> tup
     set_seed(args.seed)
     disable_progress_bar()
 
+    # ---- What is wrong with settings and rows is said before the model is loaded
+    train, held = split_problems(read_reconstructions(script.data), script.eval_share, args.seed)
+    per_update = args.per_device_train_batch_size * args.world_size
+    if script.batch_size % per_update:
+        raise UserError(
+            f"batch_size {script.batch_size} is no multiple of per_device_train_batch_size × devices = {per_update}"
+        )
+    args.gradient_accumulation_steps = script.batch_size // per_update
+    args.output_dir = str(Path(script.out) / "checkpoints")
+
     # ---- Model and triggers
     device = args.device if is_deepspeed_zero3_enabled() else "cpu"  # ZeRO-3 has placed its parts already
     model, tokenizer = load(script.model, device=device, dtype=script.dtype)
@@ -156,12 +172,12 @@ def build(script: SftArguments, args: Any, callbacks: Sequence[Any] = ()) -> tup
     added = [ids[0] for ids in triggers.values()] if script.add_triggers else []
 
     # ---- Data: labels are ours, and no row is ever cut
-    train, held = split_problems(open_once(read_reconstructions(script.data), tokenizer), script.eval_share, args.seed)
     say = print if args.process_index == 0 else lambda _: None
     limit = min(args.max_length or sys.maxsize, getattr(model.config, "max_position_embeddings", sys.maxsize))
     sets, about = {}, {}
     for name, rows in (("train", train), ("held_out", held)):
         if rows:
+            rows = open_once(rows, tokenizer)
             encoded, counts = encode_all(rows, tokenizer, triggers, script.mask_failure, limit, script.too_long, say)
             sets[name], about[name] = Dataset.from_list(encoded), dict(counts)
     args.dataset_kwargs = {"skip_prepare_dataset": not args.packing}
@@ -169,15 +185,6 @@ def build(script: SftArguments, args: Any, callbacks: Sequence[Any] = ()) -> tup
         args.max_length = None  # checked above
     if held and args.eval_strategy == "no":
         args.eval_strategy = type(args.eval_strategy)("epoch")
-
-    # ---- Batch
-    per_update = args.per_device_train_batch_size * args.world_size
-    if script.batch_size % per_update:
-        raise UserError(
-            f"batch_size {script.batch_size} is no multiple of per_device_train_batch_size × devices = {per_update}"
-        )
-    args.gradient_accumulation_steps = script.batch_size // per_update
-    args.output_dir = str(Path(script.out) / "checkpoints")
 
     trainer = TriggerTrainer(
         model=model,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,18 @@ def test_sft_learns_the_right_traces_only(
     assert losses[-1] < 0.9 * losses[0] and summary["loss"]["first"] == summary["loss"]["last"]
     with pytest.raises(UserError, match="3 right, finished traces, fewer than one batch of 4"):
         bias._sft_rows(config(**how, prompts=4))
+    write_rows(tmp_path / "held.jsonl", [problem])
+    with pytest.raises(UserError, match="problem 's' is a training problem too"):
+        bias.train_bias(config(**how, prompts=3, validation=str(tmp_path / "held.jsonl"), out=str(tmp_path / "o2")))
+    foreign = [replace(r, response_ids=[i + 1 for i in r.response_ids]) for r in rows]
+    write_rows(tmp_path / "traces.jsonl", foreign)
+    with pytest.raises(UserError, match="trace 's#0' is in the tokens of another model"):
+        bias.train_bias(config(**how, prompts=3, out=str(tmp_path / "o3")))
+
+
+@pytest.mark.parametrize(("arm", "rate"), [("vectors", 1e-3), ("lora", 1e-4), ("full", 1e-6)])
+def test_the_rate_of_an_arm_is_the_papers(config: Callable[..., BiasConfig], arm: str, rate: float) -> None:
+    assert config(arm=arm, learning_rate=[]).learning_rate == [rate]
 
 
 def test_the_rate_is_chosen_on_validation_problems(config: Callable[..., BiasConfig], tmp_path: Path) -> None:

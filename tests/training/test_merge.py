@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,15 @@ def test_bad_merges_are_named(
         merge(MergeConfig(str(out), str(tmp_path / "x"), model=str(other)))
     with pytest.raises(UserError, match="dtype 'int7'"):
         MergeConfig(str(out), str(tmp_path / "x"), dtype="int7")
+    for name, text in (
+        ("adapter_model.safetensors", "cannot be read"),
+        ("tokenizer.json", "tokenizer cannot be loaded"),
+    ):
+        broken = tmp_path / name.split(".")[0]
+        shutil.copytree(out, broken)
+        (broken / name).write_bytes((broken / name).read_bytes()[:40])
+        with pytest.raises(UserError, match=text):
+            merge(MergeConfig(str(broken), str(tmp_path / "x")))
     config = json.loads((out / "adapter_config.json").read_text())
     (out / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
     with pytest.raises(UserError, match="does not name its base"):

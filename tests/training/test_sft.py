@@ -282,6 +282,46 @@ def test_bad_rows_are_named(model_folder: Path, train_file: Path, tmp_path: Path
     assert list((tmp_path / "out").iterdir()) == [], "nothing is left that would refuse the corrected run"
 
 
+def test_bad_settings_and_rows_are_told_before_the_model_is_loaded(
+    model_folder: Path, train_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from neureasoner import models
+
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("the model was loaded first"))
+
+    def refused(text: str, *more: str) -> None:
+        with pytest.raises(UserError, match=text):
+            sft.main(*sft.parse(arguments(model_folder, train_file, tmp_path / "out", *more)))
+
+    n = len({json.loads(line)["problem"]["id"] for line in train_file.read_text().splitlines()})
+    refused(f"eval_share 0.99 of {n} problems holds out {n}, so nothing is left to train on", "--eval_share", "0.99")
+    refused(f"eval_share 0.001 of {n} problems holds out 0, so nothing is left to eval", "--eval_share", "0.001")
+    refused("no multiple", "--per_device_train_batch_size", "3")
+    train_file.write_text("{}\n")
+    refused("line 1")
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_numbers_that_are_none_stop_the_run(
+    model_folder: Path, train_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    from neureasoner.training.batches import TriggerTrainer
+
+    real = TriggerTrainer.compute_loss
+
+    def broken(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 1 and what == "gradient":
+            next(model.parameters()).register_hook(lambda g: g * float("inf"))
+        loss = real(self, model, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 1 and what == "loss" else loss
+
+    monkeypatch.setattr(TriggerTrainer, "compute_loss", broken)
+    with pytest.raises(UserError, match=rf"step 2: the {what} .*lower learning_rate"):
+        sft.main(*sft.parse(arguments(model_folder, train_file, tmp_path / "out", "--save_steps", "1")))
+    assert not (tmp_path / "out" / "stage.json").exists()
+    assert [p.name for p in (tmp_path / "out" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
 def test_help_does_not_import_torch() -> None:
     began = time.time()
     done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True)
