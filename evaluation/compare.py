@@ -10,21 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from neureasoner.artifacts import file_fingerprint, read_json, write_json
+from neureasoner.artifacts import file_fingerprint, write_json
 from neureasoner.errors import UserError
 from neureasoner.evaluation.arms import VANILLA
 from neureasoner.evaluation.compare_config import CompareConfig
 from neureasoner.evaluation.metrics import LEVEL, Outcome, by_problem, compare
+from neureasoner.evaluation.run_folder import arm_traces, load_results
 from neureasoner.evaluation.runner import outcomes
-from neureasoner.evaluation.show import safe
 from neureasoner.evaluation.store import key_of
-from neureasoner.traces import Trace, read_traces
-
-
-def _results(run: str) -> dict[str, Any]:
-    if not (Path(run) / "results.json").is_file():
-        raise UserError(f"{run} holds no results.json; name a folder that `neureasoner evaluate` finished")
-    return dict(read_json(Path(run) / "results.json"))
+from neureasoner.printable import safe
+from neureasoner.traces import Trace
 
 
 def _arm(run: str, results: Mapping[str, Any], wanted: str) -> str:
@@ -86,13 +81,13 @@ def compare_runs(config: CompareConfig) -> dict[str, Any]:
 
     The difference is b minus a. Raises UserError naming all that keeps the two from being compared.
     """
-    a, b = _results(config.a), _results(config.b)
+    a, b = load_results(config.a), load_results(config.b)
     arm_a = _arm(config.a, a, config.arm_a)
     arm_b = _arm(config.b, b, config.arm_b or arm_a)
     files = [Path(run) / "traces" / f"{arm}.jsonl" for run, arm in ((config.a, arm_a), (config.b, arm_b))]
     if len(set(f.resolve() for f in files)) == 1:
         raise UserError(f"{config.a}, {arm_a}: is compared with itself; name another arm with --arm_b")
-    left, right = (read_traces(f) for f in files)
+    left, right = arm_traces(config.a, arm_a), arm_traces(config.b, arm_b)
     differs = mismatch(a, b, left, right)
     if differs:
         raise UserError(f"{config.a} and {config.b} cannot be compared; they differ in {'; '.join(differs)}")

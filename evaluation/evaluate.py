@@ -6,7 +6,7 @@ be done by itself (``shard``): it writes parts and nothing else, and a run witho
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 CARD, PLAN = "neureasoner.json", "plan.yaml"
+APART = ("shard", "device", "report_traces", "details", "show_examples")  # settings that no sample depends on
 
 
 class Evaluation:
@@ -159,6 +160,23 @@ def _check_thinking(base: str, arms: list[Arm]) -> None:
         )
 
 
+def _containment(out: str, problems: list[Problem]) -> dict[str, Any]:
+    """What holds programs here, where there are any. Raises UserError if those of earlier parts were held otherwise."""
+    if not any(map(is_program, problems)):
+        return {}
+    from neureasoner.evaluation.benchmarks.code import sandbox
+
+    found, file = asdict(sandbox().containment), Path(out) / "sandbox.json"
+    before = read_json(file)["level"] if file.is_file() else found["level"]
+    if before != found["level"]:
+        raise UserError(
+            f"{out}: programs ran at the level '{before}' of the sandbox so far, and would run at '{found['level']}' "
+            "here; choose another --out"
+        )
+    write_json(file, found)
+    return {"sandbox": found}
+
+
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Stage ``evaluate``. Writes results.json and .md, traces/<arm>.jsonl, figures/ and report.html; prints a table.
 
@@ -197,16 +215,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise UserError("key 'endpoint' serves arms that need no hooks, and there is none among them; leave it out")
     checkpoint = [model / name for name in (PLAN, CARD, "stage.json")]
     given = [p for p in (config.probes_results, config.neurons, config.judge_results) if p]
-    # a share is a share of the same work, and how fast a server is asked changes no answer
+    # a share is a share of the same work; neither where it is done, how fast a server is asked, nor what is shown of it
+    # changes an answer
     endpoint = {k: v for k, v in config.endpoint.items() if k not in FREE}
+    free: dict[str, Any] = {name: getattr(EvaluateConfig, name) for name in APART}
     folder = StageFolder(
         config.out,
         "evaluate",
-        replace(config, shard="", endpoint=endpoint),
+        replace(config, endpoint=endpoint, **free),
         inputs=[config.problems, *(p for p in checkpoint if p.is_file()), *given, *(model_files(base) if base else [])],
     )
     if not folder.done:
         evaluation = Evaluation(config, problems, base)
+        evaluation.extras |= _containment(config.out, problems)
         shared = _run(evaluation, arms, skipped)
         if config.shard and config.shard != MERGE:
             return shared

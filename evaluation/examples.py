@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from neureasoner.evaluation.arms import FULL, VANILLA, VOTE
-from neureasoner.traces import Trace, read_traces
+from neureasoner.traces import Trace
 
 BUDGET = 24_000_000  # characters of responses in one page
 KINDS = {
@@ -22,12 +21,6 @@ KINDS = {
     "circle": "with a circle",
     "cut": "cut off",
 }
-
-
-def load_traces(out: str | Path, names: Sequence[str]) -> dict[str, list[Trace]]:
-    """Traces by arm, of those arms that have some."""
-    found = {name: Path(out) / "traces" / f"{name}.jsonl" for name in names}
-    return {name: read_traces(file) for name, file in found.items() if file.is_file()}
 
 
 def is_right(trace: Trace) -> bool:

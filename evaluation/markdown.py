@@ -58,19 +58,21 @@ def curves_table(results: Mapping[str, Any], key: str, name: str) -> list[str]:
     return lines
 
 
-def _source(results: Mapping[str, Any]) -> list[str]:
-    """Which benchmark it is, and how it was decoded otherwise than in the paper."""
-    said, source = [], results["problems"]["source"]
-    if source:
-        release = f", {source['release']}" if source.get("release") else ""
-        whole = f" of {source['whole_set']}" if source.get("whole_set") else ""
-        said.append(f"Benchmark {source['benchmark']}{release}: {results['problems']['n']}{whole} problems.")
-        said += [f"Private: {source['private']}."] if source.get("private") else []
-    differs = results["sampling"]["differs_from_paper"]
+def source(results: Mapping[str, Any]) -> list[str]:
+    """Which benchmark it is, how it was decoded otherwise than in the paper, and what held its programs; sentences."""
+    said, of = list[str](), results["problems"].get("source")
+    if of:
+        release = f", {of['release']}" if of.get("release") else ""
+        whole = f" of {of['whole_set']}" if of.get("whole_set") else ""
+        said.append(f"Benchmark {of['benchmark']}{release}: {results['problems']['n']}{whole} problems.")
+        said += [f"Private: {of['private']}."] if of.get("private") else []
+    differs = results["sampling"].get("differs_from_paper")
     if differs:
         listed = ", ".join(f"{k} {ours} (paper: {theirs})" for k, (ours, theirs) in differs.items())
         said.append(f"Not the paper's protocol: {listed}.")
-    return ["", " ".join(said)] if said else []
+    if held := results.get("sandbox"):
+        said.append(f"Programs ran in the sandbox at the level '{held['level']}', {held['user']}.")
+    return said
 
 
 def _area(entry: Mapping[str, Any] | None) -> str:
@@ -116,7 +118,10 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"problem (bootstrap, {results['intervals']['resamples']} draws); p by sign flips of problems."
     )
     said = [f"- {s}" for s in [*sentences(results), caution(results)] if s]
-    parts = [f"**{headline(results)}**", "", *said, "", how, *_source(results), "", *arms_table(results)]
+    parts = [f"**{headline(results)}**", "", *said, "", how]
+    if about := source(results):
+        parts += ["", " ".join(about)]
+    parts += ["", *arms_table(results)]
     for key, name in (("pass_at", "Pass"), ("cons", "Cons")):
         if table := curves_table(results, key, name):
             parts += ["", f"{name}@k from one draw of {results['seeds']['samples']} samples, per cent:", "", *table]

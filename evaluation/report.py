@@ -5,6 +5,7 @@ Everything that a model or a problem wrote is escaped here (HTML) or set as text
 
 from __future__ import annotations
 
+import re
 from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,8 @@ from neureasoner.artifacts import read_json, write_text
 from neureasoner.data_builders.browse import embed
 from neureasoner.evaluation import charts
 from neureasoner.evaluation.arms import FULL, VANILLA, VOTE
-from neureasoner.evaluation.examples import KINDS, first_samples, load_traces, main_pair, pick, thresholds, view
+from neureasoner.evaluation.examples import KINDS, first_samples, main_pair, pick, thresholds, view
+from neureasoner.evaluation.markdown import source
 from neureasoner.evaluation.report_tables import (
     arms_table,
     costs_table,
@@ -28,6 +30,7 @@ from neureasoner.evaluation.report_tables import (
     probes_table,
     value_of,
 )
+from neureasoner.evaluation.run_folder import load_results, load_traces
 from neureasoner.evaluation.verdict import arm_of, caution, headline, sentences
 from neureasoner.evaluation.viewer.config import ReportConfig
 from neureasoner.evaluation.viewer.details import Details
@@ -38,11 +41,12 @@ SHOWN_BY_DIFFICULTY = (VANILLA, "sft_only", "random_trigger", FULL, "oracle_trig
 
 def write_report(out: str | Path, cap: int = 600, probes_results: str = "") -> Path:
     """Write ``report.html`` and ``figures/*.svg`` from a folder that holds ``results.json`` and ``traces/``."""
-    results = read_json(Path(out) / "results.json")
+    results = load_results(out)
     traces = load_traces(out, [a["name"] for a in results["arms"]])
     figures = draw(results, traces, probes_results)
     for name, svg in figures.items():
-        write_text(Path(out) / "figures" / f"{name}.svg", svg + "\n")
+        file = re.sub(r"[^\w-]", "_", name)  # families and levels have the names that files gave them
+        write_text(Path(out) / "figures" / f"{file}.svg", svg + "\n")
     path = Path(out) / "report.html"
     write_text(path, page(results, traces, figures, cap, Details.beside(out)))
     return path
@@ -127,10 +131,12 @@ def _provenance(results: Mapping[str, Any]) -> str:
         "command": results["command"],
         "model": f"{results['model']} (vanilla: {results['base'] or '–'})",
         "problems": f"{p['file']}: {p['n']}, split {p['split']}, {', '.join(p['families'])}",
+        "protocol": " ".join(source(results)),
         "sampling": f"temperature {s['temperature']}, top-p {s['top_p']}, cap {s['max_new_tokens']} tokens",
         "seeds": f"sampling {results['seeds']['sampling']}, bootstrap {results['seeds']['bootstrap']}; "
         f"{results['seeds']['pairing']}",
         "intervals": f"{i['level']:.0%}, {i['method']}, {i['resamples']:,} resamples; {i['truncated']}",
+        "device": results.get("device"),
         "versions": ", ".join(f"{k} {v}" for k, v in results["versions"].items() if v),
     }
     if results.get("votes"):
@@ -140,7 +146,7 @@ def _provenance(results: Mapping[str, Any]) -> str:
         rows["coin of random_trigger"] = f"{rates} per step at which the rule could win, measured on full"
     for name, reason in results["skipped"].items():
         rows[f"arm {name} left out"] = reason
-    return "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in rows.items())
+    return "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in rows.items() if v)
 
 
 def _asset(name: str) -> str:

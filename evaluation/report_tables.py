@@ -26,10 +26,10 @@ def ends(value: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
 
 def value_of(entry: Any) -> tuple[float, list[float] | None] | None:
     """(value, interval) of a figure of ``probes fit``, or None where it is undefined."""
-    if not isinstance(entry, Mapping) or entry.get("value") is None:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("value"), int | float):
         return None
-    ci = [entry["low"], entry["high"]] if entry.get("low") is not None and entry.get("high") is not None else None
-    return float(entry["value"]), ci
+    ci = [float(e) for e in (entry.get("low"), entry.get("high")) if isinstance(e, int | float)]
+    return float(entry["value"]), ci if len(ci) == 2 else None
 
 
 def arms_table(results: Mapping[str, Any]) -> str:
@@ -66,19 +66,18 @@ def probes_table(results: Mapping[str, Any]) -> str:
     """What watches each failure, as HTML; nothing when there is nothing."""
     rows = []
     for level, p in results["probes"].items():
-        test = (p.get("chosen") or {}).get("test") or p.get("test") or {}
-        cells = []
+        test = (p.get("chosen") or {}).get("test") or p.get("test")
+        test, cells = test if isinstance(test, Mapping) else {}, []
         for key in ("auroc", "recall", "precision", "false_alarms_per_1000_tokens"):
             value = value_of(test.get(key))
             ci = f"<small>[{value[1][0]:.2f}, {value[1][1]:.2f}]</small>" if value and value[1] else ""
             cells.append(f'<td class="n">{value[0]:.2f}{ci}</td>' if value else '<td class="n">–</td>')
         site = results["neurons"].get(level, {}).get("site") or "–"
-        split = escape(str(p.get("split") or "by problem"))
-        features = escape(str(p.get("features", (p.get("chosen") or {}).get("name", "–"))))
+        features = p.get("features", (p.get("chosen") or {}).get("name", "–"))
+        how = f"window {p.get('window', '–')}, split {p.get('split') or 'by problem'}, seed {p.get('seed', '–')}"
         rows.append(
-            f'<tr><th scope="row">{level}</th><td>{features}<small>window {p.get("window", "–")}, '
-            f"split {split}, seed {p.get('seed', '–')}</small></td>{''.join(cells)}"
-            f'<td class="site"><code>{escape(site)}</code></td></tr>'
+            f'<tr><th scope="row">{escape(level)}</th><td>{escape(str(features))}<small>{escape(how)}</small></td>'
+            f'{"".join(cells)}<td class="site"><code>{escape(site)}</code></td></tr>'
         )
     head = ["failure", "features", "AUROC", "recall", "precision", "false alarms / 1,000 tokens", "neurons or heads"]
     return _table(head, rows) if rows else ""

@@ -34,6 +34,7 @@ from neureasoner.evaluation.metrics import (
 from neureasoner.evaluation.problems import is_program, source_of
 from neureasoner.evaluation.runner import equivalence
 from neureasoner.model_files import resolve
+from neureasoner.models import default_device
 from neureasoner.traces import Problem
 
 SCHEMA = 1
@@ -232,6 +233,7 @@ def build(
         },
         "model": config.model,
         "base": base,
+        "device": config.device or str(default_device()),
         "versions": versions(),
         "command": command_line(),
     }

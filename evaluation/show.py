@@ -11,23 +11,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from neureasoner.artifacts import read_json
 from neureasoner.evaluation.arms import FULL, VANILLA
-from neureasoner.evaluation.examples import interest, interventions, is_right, load_traces, paired
+from neureasoner.evaluation.examples import interest, interventions, is_right, paired
+from neureasoner.evaluation.run_folder import load_results, load_traces
 from neureasoner.evaluation.verdict import caution, comparison, headline, sentences
+from neureasoner.printable import safe
 from neureasoner.traces import Trace
 
 FORCED, BLOCK, WRONG, LOOP = "bold black on green", "green", "bold red", "yellow"
 WIDE = 104  # columns in which a value and its interval stand on one line
-# What would move the cursor, hide text or turn it round, as one character each, so that offsets stay true.
-CONTROLS = {c: chr(0x2400 + c) for c in range(32)} | {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
-CONTROLS |= dict.fromkeys([*range(0x200E, 0x2010), *range(0x2028, 0x202F), *range(0x2066, 0x206A)], "\ufffd")
-CONTROLS |= {0x0A: "\n", 0x09: " "} | dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
-
-
-def safe(text: str) -> str:
-    """Text of a model or a problem as a terminal may see it: no control character acts. As long as before."""
-    return text.translate(CONTROLS)
 
 
 def table(results: Mapping[str, Any], wide: bool = True) -> Table:
@@ -38,7 +30,7 @@ def table(results: Mapping[str, Any], wide: bool = True) -> Table:
     gap = " " if wide else "\n"
     out = Table(
         box=box.HEAVY_HEAD if wide else box.SIMPLE_HEAD,
-        title=f"{results['problems']['n']} problems, split {results['problems']['split']}",
+        title=Text(safe(f"{results['problems']['n']} problems, split {results['problems']['split']}")),
         title_justify="left",
     )
     out.add_column("arm", no_wrap=True)
@@ -48,7 +40,7 @@ def table(results: Mapping[str, Any], wide: bool = True) -> Table:
         c, (low, high) = comparison(results, a["name"], VANILLA), a["accuracy_ci"]
         tokens = a["tokens_ci"]
         out.add_row(
-            safe(a["name"]),
+            Text(safe(a["name"])),
             f"{100 * a['accuracy']:.1f}%{gap}[{100 * low:.0f}, {100 * high:.0f}]",
             f"{a['tokens_mean']:.0f}{gap}[{tokens[0]:.0f}, {tokens[1]:.0f}]",
             _delta(c, "accuracy_delta", "accuracy_shown", 1, " pt" + gap),
@@ -101,7 +93,7 @@ def choose_examples(traces: Mapping[str, Sequence[Trace]], n: int) -> tuple[str,
 def show(out: str | Path, examples: int = 3, console: Console | None = None) -> None:
     """Print the end of an evaluation from its folder."""
     console = console or Console(highlight=False)
-    results = read_json(Path(out) / "results.json")
+    results = load_results(out)
     if examples:
         title, pairs = choose_examples(load_traces(out, [VANILLA, FULL]), examples)
         console.rule(f"[bold]{title}[/bold]", align="left")
@@ -124,7 +116,7 @@ def show(out: str | Path, examples: int = 3, console: Console | None = None) -> 
 def verdict(results: Mapping[str, Any], console: Console) -> None:
     """The table of arms, and what may be said of it."""
     console.print(table(results, console.width >= WIDE))
-    console.print(Text(headline(results), style="bold"))
+    console.print(Text(safe(headline(results)), style="bold"))
     for sentence in [*sentences(results), caution(results)]:
         if sentence:
-            console.print(Text("• " + sentence))
+            console.print(Text(safe("• " + sentence)))

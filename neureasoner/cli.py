@@ -13,6 +13,7 @@ from neureasoner import __version__
 from neureasoner.commands import COMMANDS, GROUPS
 from neureasoner.config import closest, parse
 from neureasoner.errors import UserError
+from neureasoner.printable import safe
 
 
 def overview(group: str = "") -> str:
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _call(*_find(argv))
         return 0
     except UserError as e:
-        return _fail(" ".join(str(e).split()))
+        return _fail(str(e))
     except KeyboardInterrupt:
         print("\nneureasoner: interrupted; run the same command again to resume", file=sys.stderr)
         return 130
@@ -86,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"neureasoner: error: {message}", file=sys.stderr)
+    """One line, in which nothing that a file or a model wrote speaks to the terminal."""
+    print(f"neureasoner: error: {safe(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
 

@@ -11,8 +11,9 @@
       - training sft: {config: configs/recipes/tiny/sft.yaml, data: "run:reconstruct/train.jsonl", out: "run:sft"}
         launch: configs/accelerate/cpu.yaml # optional, for training only
 
-``run:x`` is ``x`` in the run directory; other paths count from the current one. Everything is checked before the first
-stage starts. ``run.json`` notes what each finished stage read and wrote, so a second run skips it without importing it.
+``run:x`` is ``x`` in the run directory; other paths count from the current one, and a ``configs/…`` that is not there
+is the file of that name that comes with the package. Everything is checked before the first stage starts. ``run.json``
+notes what each finished stage read and wrote, so a second run skips it without importing it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from neureasoner.model_files import SHIPPED, model_files
 from neureasoner.stages import MARK
 
 FOLDERS = ("configs/recipes/tiny", "configs/recipes")
-PACKAGED = Path(__file__).parent / "assets" / "recipes"
+HOMES = (Path(__file__).parent, Path(__file__).parents[1])  # of configs/: installed beside this file; a checkout
 RECORD = "run.json"
 
 
@@ -53,27 +54,31 @@ class Stage:
         return Path(self.settings["out"]) if self.settings.get("out") else None
 
 
+def shipped(path: str) -> str:
+    """``path``, but for a ``configs/…`` that is not in the current folder the package's own, if it has that file."""
+    if not path.startswith("configs/") or Path(path).exists():
+        return path
+    return next((str(home / path) for home in HOMES if (home / path).is_file()), path)
+
+
 def find_recipe(name: str) -> Path:
     """The recipe file ``name`` means: a path, or a shipped recipe. Raises UserError listing the shipped ones."""
-    path = Path(name)
+    path = Path(shipped(name))
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
             raise UserError(f"{name}: no such recipe file")
         return path
-    folders = [Path(f) for f in FOLDERS] + [PACKAGED]
-    for folder in folders:
-        if (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
-    known = sorted({p.stem for f in folders for p in f.glob("*.yaml")})
-    raise UserError(
-        f"recipe '{name}' is not shipped{closest(name, known)}; give a YAML file, or call from the repository's root"
-    )
+    for path in (Path(shipped(f"{folder}/{name}.yaml")) for folder in FOLDERS):
+        if path.is_file():
+            return path
+    known = sorted({p.stem for home in (Path(), *HOMES) for f in FOLDERS for p in (home / f).glob("*.yaml")})
+    raise UserError(f"recipe '{name}' is not shipped{closest(name, known)}; give a YAML file")
 
 
 def _at(value: Any, run_dir: Path) -> Any:
-    """``run:`` paths resolved, also inside lists and mappings."""
-    if isinstance(value, str) and value.startswith("run:"):
-        return str(run_dir / value.removeprefix("run:"))
+    """``run:`` and shipped paths resolved, also inside lists and mappings."""
+    if isinstance(value, str):
+        return str(run_dir / value.removeprefix("run:")) if value.startswith("run:") else shipped(value)
     if isinstance(value, list):
         return [_at(v, run_dir) for v in value]
     if isinstance(value, dict):
@@ -117,7 +122,7 @@ def _parse_item(item: Any, where: str) -> tuple[str, dict[str, Any], str, str]:
         raise UserError(f"{where}, '{name}': expected key: value pairs, got {settings!r}")
     if launch and not COMMANDS[name].script:
         raise UserError(f"{where}, '{name}': 'launch' belongs to training only")
-    return name, dict(settings or {}), str(label or name), str(launch)
+    return name, dict(settings or {}), str(label or name), shipped(str(launch))
 
 
 def _script_settings(settings: dict[str, Any], command: Command, where: str) -> dict[str, Any]:

@@ -11,22 +11,10 @@ from collections import deque
 
 _BRACES = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\(?:boxed|fbox)\s*(?P<bare>[^\s$\\{}]+)|\\.|[{}]", re.DOTALL)
 _HASHES = re.compile(r"(?:^|\n)####[ \t]*([^\s#][^\n]*?)\s*\Z")
-_DROPPED = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;:! ]|[\s$~]|\\[()\[\]]")
-_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textrm)\{([^{}]*)\}")
+_DROPPED = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;:! $]|[\s$~]|\\[()\[\]]")
+_WRAPPED = re.compile(r"\\(?:text|math)(?:bf|it|rm|sf|tt|normal)?\{([^{}]*)\}|\\(?:emph|mbox)\{([^{}]*)\}")
 _WHOLE = re.compile(r"[-+]?(?:\d{1,3}(?:(?:,|\{,\})\d{3})+|\d+)(?:\.0*)?")
 _LETTER = re.compile(r"\(?([A-J])\)?[.:]?")
-# In running text only capitals, and no I: "the answer is a number", "the answer is, I think, 5" name no option.
-_SAID = re.compile(
-    r"(?i:answer|option|choice)\s*(?i:is|:)?\s*(?i:option\s+|choice\s+)?[*_\s]*\(?([A-H])\)?[*_]*(?![\w(])"
-)
-# Where only a letter is wanted: "the answer must be C" weighs more than "option A", wherever they stand.
-_PICKED = r"[*_$\s]*(?:\\(?:text|mathrm|mathbf)\{)?\(?([A-J])(?![\w'’])"
-_ANSWERED = re.compile(
-    r"(?i:answer)[*_]*(?:\s+(?i:is|must be|should be|would be|has to be|choice|option|letter))*\s*[:=]?" + _PICKED
-)
-_OPTION = re.compile(r"(?i:option|choice)\s*[:=]?" + _PICKED)
-_ALONE = re.compile(r"[*_$\s]*\(?([A-J])\)?[.:]?[*_$\s]*")
-_LED = re.compile(r"\(?([A-J])(?:\)|[.:](?=\s))")
 # A number in running text. None: exponents, parts of words (m^2, m2, CO2). A minus after a value is no sign.
 _DIGITS = r"(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)(?<!\.)\.\d+"
 _NUMBER = re.compile(
@@ -36,6 +24,13 @@ _NUMBER = re.compile(
     re.ASCII,
 )
 _GOLD_NUMBER = re.compile(rf"[-+]?(?:{_DIGITS})")
+_WORD = re.compile(r"[a-z][a-z'’-]+(?:/[a-z]+)?|a")
+# Words that make another number of the one beside them, or put another one beside it.
+_CHANGES = re.compile(
+    r"and|or|to|not|than|least|most|over|under|between|times|plus|minus|negative|squared|cubed|root|twice|double|triple"
+    r"|hal(?:f|ves)|(?:third|quarter|dozen|hundred|thousand|million|billion)s?"
+    r"|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
+)
 TESTS = "tests:"  # begins the gold answer of a program: the name of its test set
 MAX_ANSWER = 2000  # characters; longer "answers" are not answers
 TAIL = 600  # characters at the end of an answer part in which an unboxed answer is looked for
@@ -55,6 +50,16 @@ def last_boxed(text: str) -> str | None:
         elif match[0] == "}" and opened and (begin := opened.pop()) > start:
             start, found = begin, text[begin : match.start()].strip()
     return found
+
+
+def balanced(text: str) -> bool:
+    r"""Whether every brace has its partner; ``\{`` and ``\}`` are none."""
+    depth = 0
+    for brace in re.findall(r"\\.|[{}]", text, re.DOTALL):
+        depth += (brace == "{") - (brace == "}")
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def gold_of_chain(text: str) -> str | None:
@@ -83,13 +88,18 @@ def gold_answer(text: str) -> str:
     return last_boxed(text) or gold_of_chain(text) or text.strip()
 
 
+def unwrapped(text: str, by: str = "") -> str:
+    r"""A text in which what ``\text{…}``, ``\mathbf{…}`` and the like hold stands alone, with ``by`` on either side."""
+    previous = None
+    while previous != text:
+        previous, text = text, _WRAPPED.sub(lambda m: f"{by}{m[1] if m[1] is not None else m[2]}{by}", text)
+    return text
+
+
 def plain(answer: str) -> str:
     r"""The answer without spacing, dollar signs, ``\text`` wrappers and a final full stop."""
-    previous = None
-    while previous != answer:
-        previous, answer = answer, _WRAPPED.sub(r"\1", answer)
-    answer = _DROPPED.sub("", answer.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac"))
-    return answer.rstrip(".")
+    answer = unwrapped(answer).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    return _DROPPED.sub("", answer).rstrip(".")
 
 
 def whole_number(answer: str) -> int | None:
@@ -119,44 +129,27 @@ def last_number(text: str) -> str | None:
     return f"{sign}{over}/{under}" if under else sign + over
 
 
-def option_letter(answer: str, boxed: bool = True) -> str | None:
-    """The option an answer names: ``B``, ``(B)``, ``\\text{B}``; in running text, ``the answer is B``."""
-    match = _LETTER.fullmatch(plain(answer))
-    if match:
-        return match[1]
-    if boxed:
-        return None
-    said = _SAID.findall(answer)
-    return said[-1] if said else None
+def with_unit(marked: str) -> str | None:
+    r"""The number of a marked answer that is one number with plain words about it: ``\text{$18 a day}`` -> ``18``.
 
-
-def chosen_option(text: str) -> str | None:
-    r"""The letter a response to a question with options ends on.
-
-    The last ``\boxed`` if it names one (``\boxed{B}``, ``\boxed{(B) 5 m}``), else the last ``answer: (B)``, else the
-    last ``option B``, else a last line that is a letter alone. None where there is none.
+    None for anything else, be it the number alone. Words that change a number (half, dozen, not) or put another beside
+    it (or) are not plain, nor is a letter (``18x``, ``18 x``), but for the article. Linear in the text.
     """
-    boxed = last_boxed(text)
-    if boxed is not None:
-        led = _LED.match(_WRAPPED.sub(r"\1", boxed).strip())
-        return option_letter(boxed) or (led[1] if led else None)
-    tail = text.rstrip()[-TAIL:]
-    for said in (_ANSWERED, _OPTION):
-        if found := said.findall(tail):
-            return str(found[-1])
-    alone = _ALONE.fullmatch(tail.rpartition("\n")[2])
-    return alone[1] if alone else None
-
-
-def quick(gold: str, predicted: str, boxed: bool) -> bool | None:
-    """Equal (True), different (False), or undecided without algebra (None)."""
-    if max(len(gold), len(predicted)) > MAX_ANSWER:
+    text = re.sub(r"\\!|[*]", "", unwrapped(marked, " "))
+    text = re.sub(r"\\[,;: ()\[\]]|~", " ", text)
+    found = list(_NUMBER.finditer(text))
+    if len(found) != 1:
         return None
-    if boxed and plain(gold) and plain(gold) == plain(predicted):
-        return True
-    letter = option_letter(gold)
-    if letter is not None:
-        named = option_letter(predicted, boxed)
-        return None if named is None else named == letter
-    a, b = whole_number(gold), whole_number(predicted)
-    return None if a is None or b is None else a == b
+    before, after = text[: found[0].start()], text[found[0].end() :]
+    if re.search(r"\S\Z", before) or re.match(r"[\w%^/]", after):
+        return None
+    stripped = (word.strip("$.,;:!").lower() for word in (before + after).split())
+    words = [word for word in stripped if word]
+    alone = all(_WORD.fullmatch(word) and not _CHANGES.fullmatch(word) for word in words)
+    return last_number(text) if words and alone else None
+
+
+def option_letter(gold: str) -> str | None:
+    r"""The option that a gold answer is: ``B``, ``(B)``, ``\text{B}``; None for any other answer."""
+    match = _LETTER.fullmatch(plain(gold))
+    return match[1] if match else None

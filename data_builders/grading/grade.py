@@ -12,14 +12,15 @@ from typing import Any
 from neureasoner.data_builders.families import FAMILIES, extract_answer, score
 from neureasoner.data_builders.grading.answers import (
     TESTS,
-    chosen_option,
     final_answer,
     is_number,
+    last_boxed,
     last_number,
     option_letter,
-    quick,
+    with_unit,
 )
-from neureasoner.data_builders.grading.verifier import MathVerifier
+from neureasoner.data_builders.grading.options import LETTERS, chosen_option, shown_options
+from neureasoner.data_builders.grading.verifier import MathVerifier, quick
 from neureasoner.traces import THINK_CLOSE, Problem
 
 MAX_GIVEN = 300  # characters of a final answer; a longer one is none
@@ -34,8 +35,9 @@ def answer_of(problem: Problem, response: str, final_number: bool = False) -> st
     r"""The answer a response gives after its thinking: as the problem's family reads it, else by its gold answer's
     kind: a program, an option letter, or the last ``\boxed`` or what follows ``####``. None if there is none.
 
-    ``final_number``: where nothing is marked and the gold answer is a number, the last number counts, but for MATH500
-    (core.md §1.11). So an evaluation reads; what is learnt from must be marked.
+    ``final_number``: where the gold answer is a number, units about a marked one are no part of the answer, and where
+    nothing is marked, the last number counts; but not for MATH500 (core.md §1.11). So an evaluation reads; what is
+    learnt from must be marked.
     """
     if problem.family in FAMILIES:
         return extract_answer(response)
@@ -43,13 +45,17 @@ def answer_of(problem: Problem, response: str, final_number: bool = False) -> st
     if problem.answer.startswith(TESTS):
         program: str | None = _programs().program_of(said)
         return program
-    if option_letter(problem.answer) is not None:
-        return chosen_option(said)
+    if problem.family in BOXED_ONLY:
+        boxed = last_boxed(said)
+        said = "" if boxed is None else f"\\boxed{{{boxed}}}"
+    if (letter := option_letter(problem.answer)) is not None:
+        shown = shown_options(problem.question)
+        return chosen_option(said, shown if letter in shown else LETTERS)
     answer, marked = final_answer(said)
-    if marked:
-        return answer
-    # a box that was never closed holds no answer either
     counts = final_number and is_number(problem.answer) and problem.family not in BOXED_ONLY
+    if marked:
+        return (with_unit(answer) if counts else None) or answer
+    # a box that was never closed holds no answer either
     return last_number(said) if counts and "\\boxed" not in said else None
 
 

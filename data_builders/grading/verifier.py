@@ -13,7 +13,15 @@ from collections import deque
 from collections.abc import Sequence
 from typing import IO, NamedTuple, Protocol
 
-from neureasoner.data_builders.grading.answers import MAX_ANSWER, final_answer, gold_answer, quick
+from neureasoner.data_builders.grading.answers import (
+    MAX_ANSWER,
+    final_answer,
+    gold_answer,
+    option_letter,
+    plain,
+    whole_number,
+)
+from neureasoner.data_builders.grading.options import boxed_letters, stated_option
 from neureasoner.errors import UserError
 
 _START = 120.0  # seconds a worker may take to import its libraries
@@ -33,6 +41,20 @@ class Verifier(Protocol):
     """(gold cell, answer part) pairs -> verdicts, in order."""
 
     def check(self, pairs: Sequence[Pair]) -> list[Verdict]: ...
+
+
+def quick(gold: str, predicted: str, boxed: bool) -> bool | None:
+    """Equal (True), different (False), or undecided without algebra (None). Decides only what cannot be wrong."""
+    if max(len(gold), len(predicted)) > MAX_ANSWER:
+        return None
+    if boxed and plain(gold) and plain(gold) == plain(predicted):
+        return True
+    letter = option_letter(gold)
+    if letter is not None:
+        named = boxed_letters(predicted) if boxed else stated_option(predicted)
+        return named == letter if named else None
+    a, b = whole_number(gold), whole_number(predicted)
+    return None if a is None or b is None else a == b
 
 
 class _Worker:

@@ -15,11 +15,11 @@ import sys
 from typing import Any
 
 MEMORY = 3 << 30  # bytes of address space
-_MATH = re.compile(r"\$|\\\(|\\\[|\\boxed")
+_MATH = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")
 
 
 def _as_math(text: str) -> str:
-    """math-verify looks for LaTeX between dollar signs only."""
+    """math-verify looks for LaTeX between dollar signs only. An escaped one is money, and no such sign."""
     return text if _MATH.search(text) else f"${text}$"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from neureasoner.config import closest
 from neureasoner.data_builders.families import FAMILIES
-from neureasoner.data_builders.grading.answers import gold_answer, plain
+from neureasoner.data_builders.grading.answers import balanced, gold_answer, last_boxed, plain
 from neureasoner.data_builders.grading.grade import MAX_GIVEN
 from neureasoner.data_builders.sources.readers import HubSet, RawRow, file_rows, hub_rows, input_files, is_hub
 from neureasoner.errors import UserError
@@ -23,6 +23,7 @@ from neureasoner.evaluation.benchmarks.suites import keep, suite_of
 from neureasoner.traces import Problem
 
 LETTERS = "ABCDEFGHIJ"
+_BROKEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # control characters, but for tabs and line ends
 _MARK = re.compile(r"(?<![A-Za-z0-9(])\(?([A-J])[).]\s")
 
 
@@ -115,10 +116,14 @@ class Cells:
             )
         return [] if absent else names
 
-    def text(self, role: str, needed: bool = True) -> str:
-        """The text of a role's columns, joined by blanks."""
+    def at(self, role: str) -> str:
+        """Where a role's value stands, for an error about it."""
+        return f"{self.where}, column '{self.columns.get(role, '')}'"
+
+    def text(self, role: str, needed: bool = True, strip: str | None = None) -> str:
+        """The text of a role's columns, joined by blanks. ``strip``: what to take off its ends, as in str.strip."""
         values = [self.row[n] for n in self.names(role, needed)]
-        return " ".join(_text(v) for v in values if v is not None).strip()
+        return " ".join(_text(v) for v in values if v is not None).strip(strip)
 
     def values(self, role: str, needed: bool = True) -> list[Any]:
         """The values of a role's columns; one column that holds a list (or a mapping) is that list."""
@@ -177,20 +182,29 @@ def options_of(cells: Cells) -> tuple[str, list[str], int]:
         return question, options, int(gold)
     if gold and len(cells.names("options", False)) > 1:  # the columns hold the wrong ones
         return question, [gold, *options], 0
-    raise UserError(f"{cells.where}: unanswerable: the gold answer '{gold[:40]}' names none of {len(options)} options")
+    raise UserError(
+        f"{cells.at('answer')}: unanswerable: the gold answer '{gold[:40]}' names none of {len(options)} options"
+    )
 
 
 def math_gold(cells: Cells, benchmark: Benchmark) -> str:
     """The gold answer of a math row. Raises UserError for one that no response could match."""
-    gold = gold_answer(cells.text("answer"))
-    if not gold or gold.lower() in ("none", "null", "nan", "n/a"):
-        raise UserError(f"{cells.where}: unanswerable: the gold answer is empty")
+    cell = cells.text("answer", strip=" \t\r\n")  # a form feed at its start is the \f of \frac, and stays
+    gold = gold_answer(cell)
+    whole = cell if cell.strip() == gold else gold
+    where = f"{cells.at('answer')}: unanswerable"
+    if last_boxed(gold) == "" or not plain(gold).strip("{}") or gold.lower() in ("none", "null", "nan", "n/a"):
+        raise UserError(f"{where}: the gold answer is empty ('{gold[:40]}')")
     if len(gold) > MAX_GIVEN:
+        raise UserError(f"{where}: a gold answer of {len(gold)} characters; none of {MAX_GIVEN} fits")
+    if _BROKEN.search(whole):
         raise UserError(
-            f"{cells.where}: unanswerable: a gold answer of {len(gold)} characters; none of {MAX_GIVEN} fits"
+            f"{where}: the gold answer '{whole[:40]}' holds a control character (in JSON, LaTeX needs two backslashes)"
         )
+    if not balanced(gold):
+        raise UserError(f"{where}: the gold answer '{gold[:40]}' has unbalanced braces")
     if benchmark.gold and not re.fullmatch(benchmark.gold, plain(gold)):
-        raise UserError(f"{cells.where}: unanswerable: '{gold[:40]}' is not an answer that {benchmark.name} can have")
+        raise UserError(f"{where}: '{gold[:40]}' is not an answer that {benchmark.name} can have")
     return gold
 
 
@@ -238,23 +252,29 @@ def problem_of(row: Mapping[str, Any], number: int, where: str, benchmark: Bench
     return Problem(name, benchmark.name, difficulty, fill(template, {"question": question, **values}), answer)
 
 
+def visible(text: str) -> str:
+    """A text with what a terminal would act on, not show (controls, marks of direction), written as ``\\x1b``."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def load_problems(config: BenchmarkConfig) -> list[Problem]:
     """The problems of a benchmark. Raises UserError naming the file, the row and the column of what is wrong."""
     benchmark = benchmark_of(config)
     release_of(config, benchmark)
-    problems: list[Problem] = []
-    seen: set[str] = set()
+    problems: dict[str, Problem] = {}
     for row in islice(raw_rows(config, benchmark), config.limit or None):
         where = f"{benchmark.name}: {row.file}, row {row.line}"
         if row.value is None:
             raise UserError(f"{where}: {row.problem}")
-        problem = problem_of(row.value, row.number, where, benchmark, config.seed)
-        if problem.id in seen:
-            raise UserError(
-                f"{where}: id '{problem.id}' occurs twice; name a column of unique ids (--columns id=COLUMN)"
-            )
-        seen.add(problem.id)
-        problems.append(problem)
+        try:
+            problem = problem_of(row.value, row.number, where, benchmark, config.seed)
+            if problem.id in problems:
+                raise UserError(
+                    f"{where}: id '{problem.id}' occurs twice; name a column of unique ids (--columns id=COLUMN)"
+                )
+        except UserError as e:  # it quotes the row, which may hold anything
+            raise UserError(visible(str(e))) from None
+        problems[problem.id] = problem
     if not problems:
         raise UserError(f"benchmark {benchmark.name}: holds no rows")
-    return problems
+    return list(problems.values())

@@ -47,7 +47,7 @@ _DENIED = {
     "clock_settime": (227, 112), "adjtimex": (159, 171), "personality": (135, 92),
 }  # fmt: skip
 _AUDIT = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, the kernel's name of the architecture
-_CLONE, _CLONE3, _SOCKET = (56, 220), (435, 435), (41, 198)
+_CLONE, _CLONE3, _SOCKET, _PRLIMIT = (56, 220), (435, 435), (41, 198), (302, 261)
 
 libc: Any = ctypes.CDLL(None, use_errno=True)
 
@@ -217,7 +217,7 @@ def drop_rights() -> None:
 
 
 def filter_calls() -> bool:
-    """Refuse the system calls above, new namespaces, and sockets of any kind but Unix ones. False: not done here."""
+    """Refuse the calls above, new namespaces, all but Unix sockets, limits of other processes. False: not done here."""
     if platform.machine() not in _AUDIT:
         return False
     column, audit = _AUDIT[platform.machine()]
@@ -228,7 +228,8 @@ def filter_calls() -> bool:
     lines += [(at_least, "refuse", 0, 0x40000000)] if platform.machine() == "x86_64" else []  # the x32 twins
     lines += [(equal, "refuse", 0, n) for n in numbers]
     lines += [(equal, "missing", 0, _CLONE3[column])]  # its flags lie in memory; libraries then use clone
-    lines += [(equal, 0, 3, _SOCKET[column]), (load, 0, 0, 16), (equal, "allow", "refuse", 1), (load, 0, 0, 0)]
+    for number, first in ((_SOCKET[column], 1), (_PRLIMIT[column], 0)):  # a Unix socket; limits of one's own process
+        lines += [(equal, 0, 2, number), (load, 0, 0, 16), (equal, "allow", "refuse", first)]
     flags = _NAMESPACES | _NEWTIME
     lines += [(equal, 0, "allow", _CLONE[column]), (load, 0, 0, 16), (any_bit, "refuse", "allow", flags)]
     ends = {"allow": len(lines), "refuse": len(lines) + 1, "missing": len(lines) + 2}

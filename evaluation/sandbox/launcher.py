@@ -96,6 +96,16 @@ def _anonymous(processes: int) -> tuple[int, int]:
 
 
 def _watch(pid: int, limits: dict[str, Any], control: int, processes: int | None) -> dict[str, Any]:
+    """As ``_wait``. An error now is the program's doing: it has failed, which says nothing of this machine."""
+    try:
+        return _wait(pid, limits, control, processes)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            os.write(2, f"sandbox: the program could not be watched: {e}\n".encode())
+        return {"end": "crashed", "code": None}
+
+
+def _wait(pid: int, limits: dict[str, Any], control: int, processes: int | None) -> dict[str, Any]:
     """Wait for the program to end by itself, to go too far, or to be given up. -> the report. Kills nothing."""
     begin, peak = time.monotonic(), 0
     news = [control, *([os.pidfd_open(pid)] if hasattr(os, "pidfd_open") else [])]
@@ -168,6 +178,7 @@ def _children() -> list[int]:
 
 def main() -> None:
     """Run one job."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a program of the same user could send
     with os.fdopen(int(sys.argv[1]), encoding="utf-8", errors="surrogatepass") as f:
         job = json.load(f)
     report, out, control = map(int, sys.argv[2:5])

@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from neureasoner.artifacts import fingerprint, read_json, read_tensors, write_tensors
+from neureasoner.artifacts import fingerprint, read_tensors, write_tensors
 from neureasoner.errors import UserError
 from neureasoner.evaluation.arms import ARMS
-from neureasoner.evaluation.examples import first_samples, load_traces, pick
+from neureasoner.evaluation.examples import first_samples, pick
+from neureasoner.evaluation.run_folder import load_results, load_traces
 from neureasoner.evaluation.viewer.config import DetailsConfig
 from neureasoner.probes.spectrum import MIN_LENGTH
 from neureasoner.traces import Trace
@@ -126,7 +127,7 @@ def write_details(config: DetailsConfig) -> Path:
     from rich.progress import Progress
 
     out = Path(config.run)
-    results = read_json(out / "results.json")
+    results = load_results(out)
     traces = load_traces(out, [a["name"] for a in results["arms"]])
     problems = set(pick(traces, config.traces))
     chosen = {arm: [t for t in rows if t.problem.id in problems] for arm, rows in first_samples(traces).items()}

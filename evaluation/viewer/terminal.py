@@ -1,7 +1,7 @@
 """``evaluation show``: the report for people over ssh. Traces of two arms side by side, with marks, colours and scores.
 
 Works in 80 columns and when piped: what colour says, the margin says too. Text of traces reaches the terminal through
-``show.safe``, so that no control character in it acts.
+``printable.safe``, so that no control character in it acts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from neureasoner.artifacts import read_json
 from neureasoner.config import closest
 from neureasoner.errors import UserError
 from neureasoner.evaluation.examples import (
@@ -24,14 +23,15 @@ from neureasoner.evaluation.examples import (
     interest,
     interventions,
     is_right,
-    load_traces,
     main_pair,
     misses,
     thresholds,
 )
-from neureasoner.evaluation.show import BLOCK, LOOP, WRONG, coloured, safe, verdict
+from neureasoner.evaluation.run_folder import load_results, load_traces
+from neureasoner.evaluation.show import BLOCK, LOOP, WRONG, coloured, verdict
 from neureasoner.evaluation.viewer.config import ShowConfig
 from neureasoner.evaluation.viewer.details import FILE, Details
+from neureasoner.printable import safe
 from neureasoner.traces import Trace
 
 LEAST = 72  # columns in which two traces stand side by side
@@ -145,11 +145,9 @@ def _with_scores(trace: Trace, details: Details | None, arm: str) -> Trace:
 def terminal(config: ShowConfig, console: Console | None = None) -> None:
     """Stage ``evaluation show``: print the arms, then the traces that fit, the most telling first.
 
-    Raises UserError for a folder without results, and an arm that has no traces in it.
+    Raises UserError for a folder that is no finished evaluation's, and an arm that has no traces in it.
     """
-    if not (Path(config.run) / "results.json").is_file():
-        raise UserError(f"{config.run} holds no results.json; name the folder that `neureasoner evaluate` wrote")
-    results = read_json(Path(config.run) / "results.json")
+    results = load_results(config.run)
     names = [a["name"] for a in results["arms"] if (Path(config.run) / "traces" / f"{a['name']}.jsonl").is_file()]
     first, main = main_pair(names)
     arm = _arm(config.arm, main, names)

@@ -13,7 +13,9 @@ from neureasoner.artifacts import read_json, write_json
 from neureasoner.errors import UserError
 from neureasoner.evaluation.compare import compare_runs
 from neureasoner.evaluation.compare_config import CompareConfig
-from neureasoner.evaluation.runner import batch_seed
+from neureasoner.evaluation.config import EvaluateConfig
+from neureasoner.evaluation.results import build
+from neureasoner.evaluation.runner import batch_seed, outcomes
 from neureasoner.traces import InterLabel, IntraLabel, Labels, Problem, Trace, write_rows
 
 
@@ -23,21 +25,20 @@ def run(folder: Path, right: dict[str, list[list[bool]]], **changes: Any) -> str
     seed, question = changes.pop("seed", 0), changes.pop("question", "How many?")
     model, served = changes.pop("model", "m"), changes.pop("names", "p")
     samples = len(next(iter(right.values()))[0])
-    results = {
-        "arms": [{"name": name} for name in right],
-        "model": model,
-        "sampling": sampling | changes,
-        "seeds": {"sampling": seed, "samples": samples},
-    }
-    write_json(folder / "results.json", results)
+    found = {}
     for arm, rows in right.items():
-        traces = []
+        traces = found[arm] = list[Trace]()
         for (i, row), s in product(enumerate(rows), range(samples)):
             problem = Problem(f"{served}{i}", "gsm8k", 1, question, "4")
             labels = Labels(row[s], "4" if row[s] else "5", IntraLabel(), InterLabel())
             meta = {"arm": arm, "sample": s, "vote": 0, "seed": batch_seed(seed, s, 0)}
             traces.append(Trace(f"p{i}#{s}", problem, [1], [1] * (10 + i), "t", [], True, labels, meta=meta))
         write_rows(folder / "traces" / f"{arm}.jsonl", traces)
+    problems = [t.problem for t in traces[::samples]]
+    write_rows(folder / "problems.jsonl", problems)
+    config = EvaluateConfig(model, str(folder / "problems.jsonl"), str(folder), samples=samples, seed=seed, resamples=9)
+    results = build(config, "base", problems, {arm: outcomes(rows, 100) for arm, rows in found.items()}, {}, {})
+    write_json(folder / "results.json", results | {"sampling": results["sampling"] | sampling | changes})
     return str(folder)
 
 

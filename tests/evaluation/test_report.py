@@ -5,17 +5,20 @@ from __future__ import annotations
 import io
 import json
 import re
+from html import escape
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from neureasoner.artifacts import write_json
+from neureasoner.artifacts import read_json, write_json
+from neureasoner.errors import UserError
 from neureasoner.evaluation.config import EvaluateConfig
 from neureasoner.evaluation.examples import false_alarms, fits, main_pair, misses, pick, view
+from neureasoner.evaluation.markdown import markdown
 from neureasoner.evaluation.report import embed, write_report
-from neureasoner.evaluation.results import build
+from neureasoner.evaluation.results import build, probes_of
 from neureasoner.evaluation.runner import outcomes
 from neureasoner.evaluation.show import choose_examples, show
 from neureasoner.evaluation.verdict import caution, headline
@@ -103,6 +106,71 @@ def test_report_is_self_contained_and_nothing_breaks_out(folder: Any) -> None:
     odd = next(t for t in traces if t["problem"] == "p3" and t["arm"] == "full")
     assert odd["question"] == EVIL and odd["text"].startswith(EVIL), "text survives exactly"
     assert list((folder / "figures").glob("*.svg"))
+
+
+REFRESH = '</small></td></table><meta http-equiv="refresh" content="0;url=http://evil"><svg/onload=x>' + EVIL
+
+
+def tags(folder: Any) -> list[str]:
+    page = Page()
+    page.feed(write_report(folder, 4).read_text(encoding="utf-8"))
+    assert all(link.startswith("#") for link in page.links), page.links
+    return page.tags
+
+
+@pytest.mark.parametrize("kind", ["figure", "list", "text"])
+def test_a_probe_s_own_words_break_nothing(folder: Any, kind: str) -> None:
+    """All that a checkpoint's probe.json says of itself, through ``results.json`` into the page: no tag of its own."""
+    results, model, seen = read_json(folder / "results.json"), folder / "model", []
+    write_json(model / "config.json", {})
+    config = EvaluateConfig(str(model), str(folder / "problems.jsonl"), str(folder))
+    for word in ("w", REFRESH):
+        figure = {"auroc": {"value": word, "low": word, "high": 1}, "recall": word}
+        test = {"figure": figure, "list": [word]}.get(kind, word)
+        said = {"features": {"name": word, "window": word}, "threshold": word}
+        said["notes"] = {"seed": word, "split": word, "test": test}
+        write_json(model / "probes" / "intra" / "probe.json", said)
+        entry = probes_of(config)["intra"]
+        assert entry["window"] == word == entry["seed"]
+        fitted = {"name": word, "test": {"auroc": {"value": 0.5, "low": 0.4, "high": 0.6}}}
+        probes = {"intra": entry, word: entry | {"chosen": fitted, "controls": {word: fitted}}}
+        neurons = {level: {"site": word} for level in probes}
+        write_json(folder / "results.json", results | {"probes": probes, "neurons": neurons})
+        seen.append(tags(folder))
+    assert seen[0] == seen[1] and "meta" in seen[0]
+    assert {f.parent.name for f in folder.parent.rglob("*.svg")} == {"figures"}
+
+
+def test_numbers_of_the_results_are_numbers(folder: Any) -> None:
+    """What is printed as a number is one, or the file is refused."""
+    results = read_json(folder / "results.json")
+    arm, pair = results["arms"][0], results["comparisons"][0]
+    for at, key in ((arm, "n_problems"), (arm, "n_samples"), (results["problems"], "n"), (pair, "accuracy_delta")):
+        before, at[key] = at[key], REFRESH
+        write_json(folder / "results.json", results)
+        with pytest.raises(UserError, match=rf"{key} is not what it should be"):
+            write_report(folder, 4)
+        at[key] = before
+
+
+def test_the_page_says_of_what_and_how(folder: Any) -> None:
+    """The page says what results.md says: benchmark, release, how much of it, whether it may be shown, the protocol."""
+    results = read_json(folder / "results.json")
+    told = {"benchmark": "lcb", "release": "release_v5", "whole_set": 880, "private": "do not <b>publish</b>"}
+    results["problems"]["source"] = told
+    results["sampling"]["differs_from_paper"] = {"samples": [1, 5]}
+    results["sandbox"] = {"level": "limits", "user": "as the same user", "held": ["memory"]}
+    write_json(folder / "results.json", results)
+    text = "Benchmark lcb, release_v5: 40 of 880 problems. Private: do not <b>publish</b>. Not the paper's protocol: "
+    text += "samples 1 (paper: 5). Programs ran in the sandbox at the level 'limits', as the same user."
+    assert text in markdown(results)
+    html = write_report(folder, 4).read_text(encoding="utf-8")
+    made = html[html.index('<section id="made">') :]
+    assert escape(text) in made and "<b>publish" not in html
+    for old in ("source", "differs_from_paper"):  # as older versions wrote it
+        results["problems"].pop(old, None), results["sampling"].pop(old, None)
+    write_json(folder / "results.json", results | {"sandbox": {"level": "x", "user": "y", "held": []}})
+    assert "Benchmark" not in write_report(folder, 4).read_text(encoding="utf-8").split('id="made"')[1]
 
 
 def test_view_marks_steps_and_blocks() -> None:
@@ -193,7 +261,6 @@ def test_the_arms_shown_first(names: list[str], pair: tuple[str, str]) -> None:
 
 
 def test_families_table_says_what_the_results_say(folder: Any) -> None:
-    from neureasoner.artifacts import read_json
     from neureasoner.evaluation.report_tables import families_table
 
     results = read_json(folder / "results.json")
@@ -206,7 +273,6 @@ def test_families_table_says_what_the_results_say(folder: Any) -> None:
 
 
 def test_costs_and_curves_are_in_the_page(folder: Any) -> None:
-    from neureasoner.artifacts import read_json
     from neureasoner.evaluation.report_tables import costs_table, curves_table
 
     results = read_json(folder / "results.json")
@@ -287,11 +353,23 @@ def test_terminal_ending(folder: Any) -> None:
     assert caution({"problems": {"n": 40}}) in plain
 
 
-def test_markdown_says_what_the_results_say(folder: Any) -> None:
-    from neureasoner.artifacts import read_json
-    from neureasoner.evaluation.markdown import markdown
-    from neureasoner.evaluation.verdict import headline
+def test_names_in_the_results_do_not_speak_to_the_terminal(folder: Any) -> None:
+    results = read_json(folder / "results.json")
+    results["arms"] = [*results["arms"][1:], results["arms"][0] | {"name": "\x1b[2J\u061c[bold]"}]
+    results["comparisons"], results["problems"]["split"] = [], "\x1b]0;owned\x07[red]"
+    write_json(folder / "results.json", results)
+    console = Console(file=io.StringIO(), width=140, highlight=False)
+    show(folder, 0, console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "␛[2J\ufffd[bold]" in said and "split ␛]0;owned␇[red]" in said
+    assert not re.search("[\x00-\x09\x0b-\x1f\u061c]", said)
+    results["arms"].reverse()
+    write_json(folder / "results.json", results)
+    show(folder, 0, console)
+    assert "\x1b" not in console.file.getvalue(), "the headline is of the first arm"  # type: ignore[attr-defined]
 
+
+def test_markdown_says_what_the_results_say(folder: Any) -> None:
     results = read_json(folder / "results.json")
     text = markdown(results)
     assert headline(results) in text

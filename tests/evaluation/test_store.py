@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,6 +136,22 @@ def test_shards_make_what_one_process_makes(
     assert evaluate(settings(**arms, out=str(out), shard="1/2")) == read_json(out / "stage.json")["summary"]
 
 
+def test_where_and_how_it_is_shown_is_no_other_work(settings: Callable[..., EvaluateConfig], tmp_path: Path) -> None:
+    """Shards on two devices, and a run taken up on a third, that shows more or less of it; a seed is another work."""
+    arms = {"arms": ["vanilla", "full"], "batch_size": 2, "max_new_tokens": 8}
+    evaluate(settings(**arms, shard="0/2", device="cpu"))
+    evaluate(settings(**arms, shard="1/2", device="cpu:0", report_traces=3, show_examples=0))
+    with pytest.raises(UserError, match="output of other settings"):
+        evaluate(settings(**arms, seed=1))
+    done = evaluate(settings(**arms, device="cpu:0", report_traces=2, show_examples=1))
+    found = read_json(tmp_path / "out" / "results.json")
+    assert found["device"] == "cpu:0" and "sandbox" not in found
+    assert "2 of 12 traces are embedded" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert evaluate(settings(**arms, device="", show_examples=0)) == done
+    with pytest.raises(UserError, match="output of other settings"):
+        evaluate(settings(**arms, resamples=7))
+
+
 @pytest.mark.parametrize("shard", ["4/4", "1", "-1/2", "0/0", "half"])
 def test_bad_shards(settings: Callable[..., EvaluateConfig], shard: str) -> None:
     with pytest.raises(UserError, match="key 'shard' must look like 0/4"):
@@ -221,8 +239,36 @@ def test_programs_and_letters_are_graded_end_to_end(
         if t.labels
     }
     assert right == {"Add one.": True, "Add one again.": False, "Which? (A) 1 (B) 2": True}
-    (arm,) = read_json(tmp_path / "out" / "results.json")["arms"]
+    found = read_json(tmp_path / "out" / "results.json")
+    (arm,) = found["arms"]
     assert arm["pass_at"]["4"]["accuracy"] == pytest.approx(2 / 3) and not arm["cons"], "no majority of programs"
+    held = sandbox().containment
+    assert found["sandbox"] == {"level": held.level, "user": held.user, "held": list(held.held)}
+    said = f"Programs ran in the sandbox at the level 'namespaces', {held.user}."
+    assert said in (tmp_path / "out" / "results.md").read_text()
+    page = unescape((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    assert said in page and "Benchmark mixed: 3 of 1319 problems." in page and "samples 4 (paper: 5)" in page
+
+
+def test_programs_of_one_run_are_held_alike(
+    settings: Callable[..., EvaluateConfig], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from neureasoner.evaluation.benchmarks import code
+    from neureasoner.evaluation.benchmarks.suites import Suite, keep
+    from neureasoner.evaluation.sandbox import Containment
+
+    monkeypatch.setenv("NEUREASONER_CACHE", str(tmp_path / "cache"))
+    file = benchmark_file(tmp_path / "b", [("Add one.", keep(Suite((("41", "42"),), "", 0.0)))], "mixed")
+    held = Containment("limits", "as the same user", ("memory",))
+    monkeypatch.setattr(code, "sandbox", lambda: SimpleNamespace(containment=held))
+    monkeypatch.setattr(ArmRun, "_generate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    config = settings(model=str(checkpoint / "base"), problems=file, arms=["vanilla"], max_new_tokens=4)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config)
+    assert read_json(tmp_path / "out" / "sandbox.json")["level"] == "limits"
+    held = Containment("namespaces", "as the same user, without rights", ("memory", "network"))
+    with pytest.raises(UserError, match="ran at the level 'limits' of the sandbox so far, and would run at 'namesp"):
+        evaluate(config)
 
 
 def test_the_cap_is_the_papers_for_a_benchmark(

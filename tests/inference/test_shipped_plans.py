@@ -178,15 +178,18 @@ def test_no_thinking_is_the_prompt_with_the_thinking_closed(steered):
         assert f.response_ids[n:] == g.response_ids[: 40 - n] and len(f.response_ids) > n
 
 
-def test_neureasoner_forces_what_the_paper_forces(talker, tokenizer, kit, prompts):
+@pytest.mark.parametrize("at", [{"inter": 2, "intra": 5}, {"inter": 2}, {"instance": 4}, {"instance": 4, "intra": 6}])
+def test_neureasoner_forces_what_the_paper_forces(talker, tokenizer, kit, prompts, at):
     """Oracles in place of the probes: the text stands where the oracle spoke, and the rest is plain generation."""
     plan = Plan.load(SHIPPED / "neureasoner.yaml")
     plan = plan.replace_triggers({name: {"oracle": name} for name in plan.names})
-    at = {"inter": 2, "intra": 5}
     oracles = {name: (lambda row, name=name: row.steps == at.get(name)) for name in plan.names}
     model = talker()
     [g] = kit.sample(model, tokenizer, prompts[:1], plan, oracles=oracles, max_new_tokens=60)
-    assert [(e["rule"], e["step"] + 1) for e in g.events] == [("inter", 2), ("intra", 5)]
+    # the instance rule closes the thinking, after which nothing is watched
+    expected = [("instance", 4)] if "instance" in at else list(at.items())
+    assert [(e["rule"], e["step"] + 1) for e in g.events] == expected
+    assert ("</think>" in g.text) == ("instance" in at)
     position, ids = 0, list(prompts[0])
     for event in [*g.events, None]:
         end = 60 if event is None else event["token"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,6 +92,31 @@ def test_what_a_stage_raises(
     monkeypatch.setattr(Command, "load", lambda self: stage)
     assert cli.main(["doctor"]) == code
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [UserError("row '\x1b]0;owned\x07\x9b2J\u061c\u202e'"), PermissionError(13, "denied", "/x/\x1b[2J\ny\x9b\u2066")],
+)
+def test_an_error_does_not_speak_to_the_terminal(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stage(config: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Command, "load", lambda self: stage)
+    assert cli.main(["doctor"]) == 2
+    err = capsys.readouterr().err
+    assert "\u241b" in err and err.endswith("\n") and err[:-1].isprintable(), ascii(err)
+
+
+def test_a_hostile_cell_of_a_file_does_not_speak_to_the_terminal(tmp_path: Path) -> None:
+    file = tmp_path / "problems.jsonl"
+    file.write_text('{"id": "1", "family": "\\u001b[2J\\u202e", "difficulty": 1, "question": "q", "answer": "a"}\n')
+    line = [sys.executable, "-m", "neureasoner.cli", "evaluate", "--model", "tiny", "--arms", "vanilla"]
+    done = subprocess.run([*line, "--problems", file, "--out", tmp_path / "out"], capture_output=True, timeout=60)
+    assert done.returncode == 2 and b"unknown problem family" in done.stderr and b"\x1b" not in done.stderr
+    assert "\u202e" not in done.stderr.decode()
 
 
 def test_a_defect_is_not_dressed_up_as_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:

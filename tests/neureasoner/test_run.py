@@ -18,7 +18,7 @@ from neureasoner import launch
 from neureasoner.commands import COMMANDS, Command
 from neureasoner.errors import UserError
 from neureasoner.floor_config import RunConfig
-from neureasoner.run import find_recipe, load_recipe, run_recipe
+from neureasoner.run import _strings, find_recipe, load_recipe, run_recipe
 from neureasoner.stages import StageFolder
 
 
@@ -143,6 +143,34 @@ def test_bad_overrides_and_recipes_are_named(tmp_path: Path) -> None:
     assert find_recipe("quickstart") == Path("configs/recipes/tiny/quickstart.yaml")
     with pytest.raises(UserError, match="did you mean 'quickstart'"):
         find_recipe("quikstart")
+
+
+def test_what_is_shipped_is_found_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The current folder has none of it; what it has of its own goes before what is shipped."""
+    for name in ("quickstart", "full", "reproduce_table2"):
+        found = find_recipe(name)
+        assert found.is_absolute() and found.name == f"{name}.yaml" and found.is_file()
+        assert find_recipe(f"configs/recipes/tiny/{name}.yaml") == found
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    for name in ("quickstart", "full", "adaras", "bias_only", "combination", "measure", "reproduce_table7"):
+        _, run_dir, stages = load_recipe(RunConfig(name))
+        assert run_dir == Path("runs") / name.replace("reproduce_table7", "reproduce_probes")
+        for text in (s for stage in stages for s in _strings(stage.settings)):
+            assert not text.startswith("configs/") and (not text.endswith(".yaml") or Path(text).is_file()), text
+    stages = {s.label: s for s in load_recipe(RunConfig("quickstart"))[2]}
+    assert stages["training sft"].settings["mask_failure"] is True, "read from the shipped sft.yaml"
+    plan = tmp_path / "configs" / "plans" / "tiny.yaml"
+    plan.parent.mkdir(parents=True)
+    plan.write_text("mine")
+    stages = {s.label: s for s in load_recipe(RunConfig("quickstart"))[2]}
+    assert stages["assemble"].settings["plan"] == "configs/plans/tiny.yaml"
+    launch = {"training sft": {"data": "d", "out": "o"}, "launch": "configs/accelerate/cpu.yaml"}
+    assert Path(load_recipe(recipe(launch))[2][0].launch).is_file()
+    with pytest.raises(UserError, match="did you mean 'quickstart'"):
+        find_recipe("quikstart")
+    with pytest.raises(UserError, match=r"configs/recipes/absent\.yaml: no such recipe file"):
+        find_recipe("configs/recipes/absent.yaml")
 
 
 def test_training_settings_are_checked_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

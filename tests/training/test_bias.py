@@ -205,6 +205,12 @@ def test_an_arm_trains_and_is_read_back(config: Callable[..., BiasConfig], arm: 
     assert bias.train_bias(settings) == summary, "a second call does nothing"
 
 
+def test_trainer_and_sampler_agree_in_bfloat16(config: Callable[..., BiasConfig]) -> None:
+    """core.md §4 wants a mean below 1e-2 there; above 2e-2 a run stops."""
+    summary = bias.train_bias(config(dtype="bfloat16", max_new_tokens=24, prompts=4))
+    assert 1e-5 < summary["gap"] < 1e-2 < policy_trainer.GAP <= 2e-2
+
+
 def test_the_vectors_learn_what_is_rewarded(config: Callable[..., BiasConfig], tmp_path: Path) -> None:
     """Responses of a random model that hold an 'e' are rewarded: their share grows."""
     shares: list[float] = []

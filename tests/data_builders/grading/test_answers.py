@@ -9,15 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neureasoner.data_builders.grading.answers import (
+    balanced,
     final_answer,
     gold_answer,
     is_number,
     last_boxed,
     last_number,
     option_letter,
-    quick,
+    plain,
     whole_number,
+    with_unit,
 )
+from neureasoner.data_builders.grading.verifier import quick
 
 
 @pytest.mark.parametrize(
@@ -38,6 +41,12 @@ from neureasoner.data_builders.grading.answers import (
 )
 def test_last_boxed(text: str, content: str | None) -> None:
     assert last_boxed(text) == content
+
+
+@pytest.mark.parametrize(("text", "whole"), [("", True), ("{}", True), (r"\frac{1}{2}", True), (r"\frac{1}{", False),
+    ("}{", False), (r"\{1", True), (r"\\{1", False), (r"\{{1}\}", True), ("a}", False), ("\\", True)])  # fmt: skip
+def test_braces_that_balance(text: str, whole: bool) -> None:
+    assert balanced(text) is whole
 
 
 def test_final_answers() -> None:
@@ -116,24 +125,63 @@ def test_golds_that_are_numbers(gold: str, number: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "boxed", "letter"),
+    ("marked", "number"),
     [
-        ("B", True, "B"),
-        ("(B)", True, "B"),
-        (r"\text{(B)}", True, "B"),
-        (r"\textbf{C}", True, "C"),
-        ("The answer is (D).", False, "D"),
-        ("The correct option is **B**", False, "B"),
-        ("Answer: A", False, "A"),
-        ("The answer is a number", False, None),
-        ("The answer is 5", False, None),
-        ("The answer is, I think, 5", False, None),
-        ("The answer is Bob", False, None),
-        ("BC", True, None),
+        ("18 dollars", "18"),
+        ("18 eggs.", "18"),
+        (r"\text{18 dollars}", "18"),
+        (r"18\text{ dollars}", "18"),
+        (r"18\,\mathrm{dollars}", "18"),
+        (r"\$18.50 per week", "18.50"),
+        ("$18 a day", "18"),
+        ("$18$ dollars", "18"),
+        (r"1,200~\text{square feet}", "1200"),
+        (r"32,\!348 people", "32348"),
+        ("18 miles/hour", "18"),
+        ("Ann pays -18 dollars", "-18"),
+        ("1/2 cup", "1/2"),
+        ("18", None),
+        (r"\frac{1}{2}", None),
+        ("18 or 19", None),
+        ("18 or more", None),
+        ("18, 19", None),
+        ("18x", None),
+        ("18 x", None),
+        ("18dollars", None),
+        ("x18", None),
+        ("18 + 1", None),
+        ("18^2", None),
+        ("18%", None),
+        ("18 dozen", None),
+        ("18 and a half", None),
+        ("half of 18", None),
+        ("not 18", None),
+        ("Minus 18", None),
+        ("18 \\cdot y", None),
+        ("(18, y)", None),
+        ("18 m^2", None),
+        ("dollars", None),
+        ("", None),
     ],
 )
-def test_option_letters(text: str, boxed: bool, letter: str | None) -> None:
-    assert option_letter(text, boxed) == letter
+def test_marked_numbers_with_units(marked: str, number: str | None) -> None:
+    assert with_unit(marked) == number
+
+
+@pytest.mark.parametrize(("gold", "letter"), [
+    ("B", "B"), ("(B)", "B"), (r"\text{(B)}", "B"), (r"\textbf{C}", "C"), (r"\textit{C}", "C"), ("BC", None),
+    ("b", None), ("Option B", None), ("The answer is (D).", None), ("K", None),
+])  # fmt: skip
+def test_golds_that_are_option_letters(gold: str, letter: str | None) -> None:
+    assert option_letter(gold) == letter
+
+
+@pytest.mark.parametrize(("text", "bare"), [
+    (r"\$18.90", "18.90"), (r"\$32,\!348", "32,348"), (r"\textit{a b}", "ab"), (r"\mbox{\emph{x}}.", "x"),
+    (r"\mathbb{R}", r"\mathbb{R}"), (r"\dfrac12", r"\frac12"),
+])  # fmt: skip
+def test_plain(text: str, bare: str) -> None:
+    assert plain(text) == bare
 
 
 @pytest.mark.parametrize(
@@ -143,6 +191,11 @@ def test_option_letters(text: str, boxed: bool, letter: str | None) -> None:
         ("27", "28", True, False),
         ("B", r"\text{(B)}", True, True),
         ("B", "The answer is C.", False, False),
+        ("B", "option (B) is correct, not option (A)", False, True),
+        ("A", "The answer: A careful look shows nothing.", False, None),
+        ("B", r"\text{Option B}", True, True),
+        ("B", "A or B", True, False),
+        (r"\$36", "36", True, True),
         ("B", "I cannot say", False, None),
         (r"\text{Evelyn}", "Evelyn", True, True),
         (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\dfrac{\pi}{2})", True, True),

@@ -44,9 +44,46 @@ def test_the_final_number_counts_where_the_gold_answer_is_one() -> None:
     assert final_number(replace(NUMBER, answer="0.50"), said) == "0.5" and grade(replace(NUMBER, answer="0.50"), "0.5")
     assert final_number(FREE, said) is None and final_number(replace(NUMBER, answer="tests:x"), said) is None
     assert final_number(replace(NUMBER, family="math500"), "It is 4.") is None, "graded by what is boxed"
+    assert final_number(replace(NUMBER, family="math500"), "#### 4") is None
     assert answer_of(NUMBER, "It is 4.") is None, "only where it is asked for"
     assert not grade(replace(NUMBER, answer="2"), final_number(NUMBER, "It is 1/2.")), "no part of a fraction"
     assert grade(replace(NUMBER, answer="1,200.5"), final_number(NUMBER, "She pays $1,200.50."))
+
+
+@pytest.mark.parametrize(("response", "answer"), [
+    ("#### 18 dollars", "18"), ("#### 18 eggs", "18"), (r"\boxed{18 dollars}", "18"),
+    (r"\boxed{\text{18 dollars}}", "18"), (r"\boxed{18\text{ eggs}}", "18"), (r"\boxed{\$18.00 a day}", "18.00"),
+])  # fmt: skip
+def test_a_unit_is_no_part_of_a_marked_number(response: str, answer: str) -> None:
+    problem = replace(NUMBER, answer="18")
+    assert answer_of(problem, response, final_number=True) == answer and grade(problem, answer)
+    assert answer_of(problem, response) != answer, "only where it is asked for"
+    assert answer_of(replace(problem, family="math500"), response, final_number=True) != answer
+    assert answer_of(replace(problem, answer="x"), response, final_number=True) != answer
+
+
+@pytest.mark.parametrize("response", [
+    "#### 18 or 19", r"\boxed{18, 19}", r"\boxed{18x}", "#### 18 dozen", "#### half of 18", "#### 19 dollars",
+])  # fmt: skip
+def test_what_is_more_than_a_unit_stays(response: str) -> None:
+    pytest.importorskip("math_verify")
+    problem = replace(NUMBER, answer="18")
+    assert not grade(problem, answer_of(problem, response, final_number=True))
+
+
+@pytest.mark.parametrize(("gold", "given"), [
+    (r"\$36", "36"), (r"\$18.90", "18.90"), (r"\$18.90", "18.9"), (r"\$32,\!348", "32348"), ("36", r"\$36"),
+    ("18.9", r"\$18.90"), (r"\$36", r"\$36.00"), (r"\$\frac{1}{2}", "0.5"),
+])  # fmt: skip
+def test_an_escaped_dollar_is_money(gold: str, given: str) -> None:
+    pytest.importorskip("math_verify")
+    assert same_answer(gold, given) and not same_answer(gold, given + "1")
+
+
+@pytest.mark.parametrize(("gold", "given"), [("$18.90$", "18.9"), ("$\\frac12$", "0.5"), ("18.9", "$18.90$")])
+def test_a_dollar_as_a_delimiter_is_none(gold: str, given: str) -> None:
+    pytest.importorskip("math_verify")
+    assert same_answer(gold, given) and not same_answer(gold, "7")
 
 
 def test_free_answers_are_compared_as_mathematics() -> None:

@@ -261,6 +261,15 @@ def test_a_bomb_of_tests_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("gsm8k", {"answer": "no number"}, "unanswerable: 'no number' is not an answer that gsm8k can have"),
         ("gsm8k", {"answer": None}, "unanswerable: the gold answer is empty"),
         ("gsm8k", {"question": " "}, "the question is empty"),
+        ("gsm8k", {"answer": "#### 18 or 19"}, "'18 or 19' is not an answer that gsm8k can have"),
+        ("math500", {"answer": "\\frac{1}{"}, "the gold answer '\\frac{1}{' has unbalanced braces"),
+        ("math500", {"answer": "1}{"}, "the gold answer '1}{' has unbalanced braces"),
+        ("math500", {"answer": "so \\boxed{5"}, "the gold answer 'so \\boxed{5' has unbalanced braces"),
+        ("math500", {"answer": "\\boxed{}"}, "the gold answer is empty ('\\boxed{}')"),
+        ("math500", {"answer": "\\boxed{\\text{ }}"}, "the gold answer is empty"),
+        ("math500", {"answer": "so \\boxed{ }."}, "the gold answer is empty"),
+        ("math500", {"answer": "$$"}, "the gold answer is empty ('$$')"),
+        ("math500", {"answer": "\frac{1}{2}"}, "the gold answer '\\x0crac{1}{2}' holds a control character"),
         ("aime24", {"answer": "1000"}, "'1000' is not an answer that aime24 can have"),
         ("aime25", {"answer": "-3"}, "is not an answer that aime25"),
         ("math500", {"answer": "None"}, "the gold answer is empty"),
@@ -280,11 +289,40 @@ def test_a_row_that_cannot_be_graded_is_named(name: str, change: dict[str, Any],
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         problems(tmp_path, name, rows)
     assert f"{name}: rows.jsonl, row 2" in str(caught.value)
+    if "gold" in message or "answer" in message:
+        assert f"{name}: rows.jsonl, row 2, column 'answer': unanswerable: " in str(caught.value)
+
+
+@pytest.mark.parametrize(("gold", "kept"), [
+    ("\\{1, 2\\}", "\\{1, 2\\}"), ("\\left\\{ x \\right.", "\\left\\{ x \\right."), ("(1,2]", "(1,2]"),
+    ("\\$36", "\\$36"), ("Empty \\boxed{} at first.\n#### 5", "5"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+])  # fmt: skip
+def test_golds_that_can_be_matched_are_kept(gold: str, kept: str, tmp_path: Path) -> None:
+    [problem] = problems(tmp_path, "math500", [{**ROWS["math500"][0], "answer": gold}])
+    assert problem.answer == kept
+    assert grade(problem, answer_of(problem, f"\\boxed{{{kept}}}"))
+
+
+@pytest.mark.parametrize("kind", ["math", "option", "columns", "id"])
+def test_no_control_character_of_a_row_acts_on_the_terminal(kind: str, tmp_path: Path) -> None:
+    evil = "\x1b[2J\x07\u061c\u202e\x9bx\ud800\r\n"
+    row: dict[str, Any] = {"question": "Sky? A) red B) blue", "answer": evil + "5"}
+    columns: dict[str, str] = {}
+    if kind == "columns":
+        row = {"question": "Sky?", evil + "answer": "5"}
+    if kind == "id":
+        row, columns = {**row, "answer": "5", "id": evil}, {"question": "question", "answer": "answer", "id": "id"}
+    with pytest.raises(UserError) as caught:
+        problems(tmp_path, "sky", [row] * 2, kind="option" if kind == "option" else "math", columns=columns)
+    message = str(caught.value)
+    assert message.isprintable() and "\\x1b[2J\\x07\\u061c\\u202e\\x9bx\\ud800" in message
 
 
 def test_a_gold_that_names_no_option_is_named(tmp_path: Path) -> None:
     row = {"question": "Sky? A) red B) blue", "answer": "E"}
-    with pytest.raises(UserError, match="row 1: unanswerable: the gold answer 'E' names none of 2 options"):
+    with pytest.raises(
+        UserError, match="row 1, column 'answer': unanswerable: the gold answer 'E' names none of 2 options"
+    ):
         problems(tmp_path, "sky", [row], kind="option")
     with pytest.raises(UserError, match="no options; name their columns"):
         problems(tmp_path, "sky", [{"question": "Sky?", "answer": "A"}], kind="option")

@@ -5,6 +5,9 @@ Each file in ``hostile/`` attempts one thing; it prints ESCAPED if it gets throu
 
 from __future__ import annotations
 
+import base64
+import errno
+import json
 import os
 import re
 import socket
@@ -12,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +45,8 @@ SMALL = Limits(
 PATIENT = Limits(cpu_seconds=10.0, wall_seconds=60.0, memory=512 << 20)
 PLUS_ONE = Suite((("41", "42"),))
 CALL = Suite((("41", "42"),), function="f")
+ORDINARY = 54321  # nobody's user number
+SCRIPT = ("-B", str(HERE / "attack.py"), str(HERE.parents[2] / ".typecheck"))
 
 
 @pytest.fixture(scope="module")
@@ -79,41 +84,65 @@ def processes_inside() -> list[int]:
     return found
 
 
-@pytest.fixture(scope="module")
-def attacks(box: Sandbox, outside: SimpleNamespace) -> dict[str, Future[tuple[Any, Run, float]]]:
-    """All hostile programs, several at a time."""
+def hostile_run(jobs: list[dict[str, Any]], user: int | None) -> dict[str, Any]:
+    """(run, seconds) by name, of programs run by a process of ours or of another user; for an abort its message."""
+    python = next(filter(lambda p: can_run(p, user), (sandbox._OURS, "/usr/bin/python3")), None)
+    if python is None:
+        pytest.skip(f"user {user} has no Python that could run the sandbox from here")
+    asked = {"jobs": jobs, "limits": asdict(SMALL)}
+    done = subprocess.run([python, *SCRIPT], input=json.dumps(asked), **child(user))
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    if "unsafe" in said:
+        pytest.skip(said["unsafe"])
+    found: dict[str, Any] = {}
+    for row in said["runs"]:
+        if "unsafe" in row:
+            found[row["name"]] = row["unsafe"]
+            continue
+        streams = {k: base64.b64decode(row["run"][k] or "") for k in ("stdout", "stderr", "value")}
+        found[row["name"]] = Run(**row["run"] | streams), row["took"]
+    return found
 
-    def attack(path: Path) -> tuple[Any, Run, float]:
+
+def child(user: int | None) -> dict[str, Any]:
+    """How a process of a user is started."""
+    other = {} if user is None else {"user": user, "group": user, "extra_groups": []}
+    return {"capture_output": True, "text": True, "cwd": "/", "timeout": 250, **other}
+
+
+def can_run(python: str, user: int | None) -> bool:
+    code = f"import sys; sys.path.insert(0, {SCRIPT[-1]!r}); import neureasoner.evaluation.sandbox"
+    try:
+        return subprocess.run([python, "-B", "-c", code], **child(user)).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module", params=["as_we_are", "as_an_ordinary_user"])
+def attacks(request: pytest.FixtureRequest, box: Sandbox, outside: SimpleNamespace) -> dict[str, Any]:
+    """All hostile programs, run by us and, where we are root, by somebody who is not."""
+    user = None if request.param == "as_we_are" else ORDINARY
+    if user and os.geteuid() != 0:
+        pytest.skip("we are an ordinary user already")
+    jobs = []
+    for path in HOSTILE:
         source = path.read_text()
         for name, value in (("CANARY", outside.canary), ("PORT", outside.port), ("HOST", os.getpid())):
             source = re.sub(rf"\b{name}\b", str(value), source)
-        call, begin, runs = "# mode: call" in source, time.monotonic(), []
-
-        class Watched:
-            containment = box.containment
-
-            def run(self, *args: Any) -> Run:
-                runs.append(box.run(*args))
-                return runs[-1]
-
-            def call(self, *args: Any) -> Run:
-                runs.append(box.call(*args))
-                return runs[-1]
-
-        graded = judge(source, CALL if call else PLUS_ONE, Watched(), SMALL)  # type: ignore[arg-type]
-        return graded, runs[-1], time.monotonic() - begin
-
-    with ThreadPoolExecutor(6) as pool:
-        return {path.stem: pool.submit(attack, path) for path in HOSTILE}
+        jobs.append({"name": path.stem, "source": source, "call": "# mode: call" in source})
+    return hostile_run(jobs, user)
 
 
 @pytest.mark.parametrize("name", [p.stem for p in HOSTILE])
 def test_a_hostile_program_is_contained_and_wrong(name: str, attacks: dict[str, Any], outside: SimpleNamespace) -> None:
-    graded, run, seconds = attacks[name].result()
-    assert graded.state != "passed"
+    assert not isinstance(attacks[name], str), f"a program ended the evaluation: {attacks[name]}"
+    (run, seconds), text = attacks[name], (HERE / "hostile" / f"{name}.txt").read_text()
+    replay = SimpleNamespace(containment=SimpleNamespace(level=run.level), run=lambda *_: run, call=lambda *_: run)
+    assert judge(text, CALL if "# mode: call" in text else PLUS_ONE, replay).state != "passed"  # type: ignore[arg-type]
     assert b"ESCAPED" not in run.stdout + run.stderr + (run.value or b"")
     assert b"canary-in-the-environment" not in run.stdout + run.stderr
-    first = (HERE / "hostile" / f"{name}.txt").read_text().splitlines()[0]
+    first = text.splitlines()[0]
     assert run.status in first.removeprefix("# ends:").split(), (run.status, run.code, run.stderr[-500:])
     assert run.level == "namespaces"
     assert seconds < SMALL.wall_seconds + 20
@@ -124,9 +153,7 @@ def test_a_hostile_program_is_contained_and_wrong(name: str, attacks: dict[str, 
 
 
 def test_nothing_is_left_and_nobody_called(attacks: dict[str, Any], outside: SimpleNamespace) -> None:
-    assert len(HOSTILE) >= 30
-    for attack in attacks.values():
-        attack.result()
+    assert len(attacks) == len(HOSTILE) >= 30
     deadline = time.monotonic() + 5
     while processes_inside() and time.monotonic() < deadline:  # the kernel clears a namespace up in its own time
         time.sleep(0.05)
@@ -134,6 +161,28 @@ def test_nothing_is_left_and_nobody_called(attacks: dict[str, Any], outside: Sim
     with pytest.raises(BlockingIOError):
         outside.listener.accept()
     assert not list(outside.canary.parent.glob("canary?*"))
+
+
+def test_what_goes_wrong_once_the_program_runs_is_a_failed_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a word on what this machine offers, which would end the evaluation."""
+    from neureasoner.evaluation.sandbox import launcher
+
+    def refused(processes: int) -> tuple[int, int]:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(launcher, "_anonymous", refused)
+    said, program = [], subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(launcher.os, "write", lambda fd, text: said.append((fd, text)))
+    monkeypatch.setattr(launcher.os, "wait4", lambda *_: (0, 0, None))  # other children here are not its to reap
+    read, write = os.pipe()
+    try:
+        found = launcher._watch(program.pid, asdict(SMALL), read, processes=0)
+    finally:
+        program.kill()
+        program.wait()
+        os.close(read)
+        os.close(write)
+    assert found["end"] == "crashed" and b"could not be watched: [Errno 22]" in said[0][1] and said[0][0] == 2
 
 
 @pytest.mark.parametrize("path", CORRECT, ids=lambda p: p.stem)

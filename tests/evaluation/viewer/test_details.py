@@ -177,7 +177,7 @@ def test_command_writes_the_page_with_them(evaluated: Path, capsys: Any) -> None
 
 
 def test_bad_input(evaluated: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match=r"holds no results\.json; name the folder"):
         write_details(DetailsConfig(str(tmp_path)))
     (tmp_path / "traces").symlink_to(evaluated / "traces")
     results = read_json(evaluated / "results.json")

@@ -15,7 +15,6 @@ from rich.console import Console
 
 from neureasoner.cli import main
 from neureasoner.errors import UserError
-from neureasoner.evaluation.show import safe
 from neureasoner.evaluation.viewer.config import ShowConfig
 from neureasoner.evaluation.viewer.terminal import PLAIN_BARS, sparkline, terminal
 
@@ -65,13 +64,6 @@ def test_hostile_text_does_not_act(run: Path) -> None:
     assert not re.findall(r"\x1b(?!\[[0-9;]*m)", said), "colours are ours; nothing else reaches the terminal"
     assert "\x07" not in said and "\x00" not in said and "\u2028" not in said
     assert "\u241b]0;owned\u2407" in re.sub(r"\s|│|\x1b\[[0-9;]*m", "", said).replace("▶", "")
-
-
-def test_safe_keeps_offsets() -> None:
-    text = "a\x1b[31m\r\n\tb\x9b2J\u202e\u2066\x7f\ud800\U0001f9e0é"
-    assert len(safe(text)) == len(text) and "\n" in safe(text) and safe(text).encode("utf-8")
-    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", safe(text))
-    assert safe("plain \U0001f9e0 text\n") == "plain \U0001f9e0 text\n"
 
 
 def test_a_terminal_that_knows_only_ascii(run: Path) -> None:
