@@ -23,7 +23,7 @@ from neureasoner.steps import Separators
 from neureasoner.traces import THINK_CLOSE
 
 MAX_ENTROPY = 1 / (math.e * math.log(2))  # the largest log2(n) / n over real n: 0.53074
-MIN_MASS = 0.5  # of all candidates together: the entropy of a single one is 0 whatever its probability
+MIN_MASS = 0.5  # of the only candidate: its entropy is 0 whatever its probability
 CLOSE = f"{THINK_CLOSE}\n\n"  # a chunk ends with a blank line, so the end of the thinking opens a line
 OPTION_STUB = "The correct option letter is:"
 BOXED_STUB = "The correct answer is: \\boxed{"
@@ -98,8 +98,8 @@ class ThinkOrNotWatch(DecoderWatch):
         for (i, row), p, tokens in zip(due, said, read.tolist(), strict=True):
             self.since[i] = len(row.tokens)
             row.probe_tokens += tokens
-            if sum(p) < MIN_MASS:
-                continue  # what was found is less likely than what was not, so its entropy says nothing
+            if not sum(p) or (len(p) == 1 and p[0] < MIN_MASS):
+                continue  # no answer, or a single unlikely one, says nothing
             # Sureness runs from 0 to 1, and as everywhere a rule fires above its threshold.
             sureness, threshold = 1 - answer_entropy(p) / MAX_ENTROPY, 1 - self.decoder.ratio
             if row.judge(rule, sureness, threshold):

@@ -11,7 +11,15 @@ import pytest
 from neureasoner.artifacts import read_json
 from neureasoner.data_builders.grading.grade import same_answer
 from neureasoner.errors import UserError
-from neureasoner.evaluation.arms import ARMS, as_baseline, baseline_settings, choose, options_of, thinking_of
+from neureasoner.evaluation.arms import (
+    ARMS,
+    as_baseline,
+    baseline_settings,
+    choose,
+    closed_share,
+    options_of,
+    thinking_of,
+)
 from neureasoner.evaluation.config import EvaluateConfig
 from neureasoner.evaluation.evaluate import evaluate
 from neureasoner.evaluation.runner import judged
@@ -19,10 +27,12 @@ from neureasoner.inference.baselines.decoder import Decoder
 from neureasoner.inference.plan import Plan
 from neureasoner.inference.steered import SteeredModel
 from neureasoner.models import load
-from neureasoner.traces import Problem, Trace, read_traces, write_rows
+from neureasoner.traces import NO_THINKING, Problem, Trace, read_traces, write_rows
 
 BASELINES = [a.name for a in ARMS.values() if a.baseline]
+NEEDS_FULL = ["no_thinking_share"]  # so it runs on a steered checkpoint only
 RULES = {
+    "no_thinking_budget": {"no_thinking", "close", "stub"},
     "budget_forcing": {"close", "stub"},
     "thinking_budget": {"budget"},
     "wait_penalty": {"wait_penalty"},
@@ -80,6 +90,7 @@ def test_budgets_are_taken_from_vanillas_thinking(run: Path) -> None:
         "alpha_one": {"n_think": pytest.approx(mean)},
         "thinking_budget": {"tokens": half},
         "budget_forcing": {"budget": half},
+        "no_thinking_budget": {"budget": half, "no_thinking": True},
         "wait_penalty": {},
         "think_or_not": {"options": ""},
     }
@@ -103,14 +114,21 @@ def test_decoders_stay_decoders(checkpoint: Path) -> None:
     base = SteeredModel(*load(str(checkpoint / "base"), device="cpu"), Plan("none"))
     settings = {name: baseline_settings(ARMS[name], [], 40.0) for name in BASELINES}
     made = {name: as_baseline(base, ARMS[name], settings[name]) for name in BASELINES}
-    assert {n for n, m in made.items() if isinstance(m, Decoder)} == {"budget_forcing", "think_or_not", "alpha_one"}
+    assert {n for n, m in made.items() if isinstance(m, Decoder)} == {
+        "budget_forcing",
+        "no_thinking_budget",
+        "think_or_not",
+        "alpha_one",
+    }
     assert made["budget_forcing"].budget == made["thinking_budget"].plan.rules[0].trigger.min_tokens == 20
     assert made["alpha_one"].moment == pytest.approx(1.4 * 40) and made["think_or_not"].same is same_answer
     assert all(m.model is base.model for m in made.values()), "the weights are shared"
 
 
 def test_baselines_run_only_when_named_and_where_they_can() -> None:
-    assert list(RULES) == BASELINES
+    assert NEEDS_FULL + list(RULES) == BASELINES
+    with pytest.raises(UserError, match="arm 'no_thinking_share' cannot run: the model is no steered checkpoint"):
+        choose(NEEDS_FULL, [], False, plain=True)
     assert not {a.name for a in choose([], ["intra"], True)[0]} & set(RULES)
     arms, _ = choose(["alpha_one", "wait_penalty"], [], False, plain=True)
     assert [a.name for a in arms] == ["vanilla", "wait_penalty", "alpha_one"]
@@ -154,8 +172,36 @@ def trace(**changes: Any) -> Trace:
 def test_without_thinking_there_is_no_budget() -> None:
     assert thinking_of([trace(meta={"thinking_tokens": n}) for n in (10, 20)]) == 15.0
     for lengths in ([], [0, 1]):
-        with pytest.raises(UserError, match="leave out budget_forcing, thinking_budget, alpha_one"):
+        with pytest.raises(UserError, match="leave out no_thinking_budget, budget_forcing, thinking_budget, alpha_one"):
             thinking_of([trace(meta={"thinking_tokens": n}) for n in lengths])
+
+
+def test_a_share_of_thinkings_is_closed_by_a_coin(checkpoint: Path) -> None:
+    def closed(rule: str, suppressed: bool = False) -> Trace:
+        return trace(events=[{"rule": rule, "suppressed": suppressed}])
+
+    full = [closed("instance"), closed("instance", True), closed("intra"), trace()]
+    assert closed_share(full) == 0.25 and closed_share([]) == 0.0
+    base = SteeredModel(*load(str(checkpoint / "base"), device="cpu"), Plan("none"))
+    arm = ARMS["no_thinking_share"]
+    for share, least, most in ((0.0, 0, 0), (0.25, 5, 27), (1.0, 64, 64)):
+        model = as_baseline(base, arm, baseline_settings(arm, [], 0.0, share))
+        done = model.generate(["1 + 1?"] * 64, max_new_tokens=2, seed=3, batch_size=64)
+        assert least <= sum(g.forced[0] for g in done) <= most
+
+
+def test_the_closed_thinking_of_the_prompt_is_counted(
+    settings: Callable[..., EvaluateConfig], checkpoint: Path
+) -> None:
+    """core.md §5.10: forced tokens are generated tokens, wherever the thinking was closed."""
+    done = settings(model=str(checkpoint / "base"), arms=["no_thinking"], show_examples=0, max_new_tokens=40)
+    evaluate(done)
+    n = len(load(str(checkpoint / "base"), device="cpu")[1].encode(NO_THINKING, add_special_tokens=False))
+    traces = read_traces(Path(done.out) / "traces" / "no_thinking.jsonl")
+    assert 5 < n < 40 and all(len(t.response_ids) <= 40 - n for t in traces)
+    [arm] = read_json(Path(done.out) / "results.json")["arms"]
+    costs = [len(t.response_ids) + n if t.finished else 40 for t in traces]
+    assert arm["tokens_mean"] == pytest.approx(sum(costs) / len(costs)) and arm["forced_mean"] == n
 
 
 def test_an_unmarked_number_counts_unless_it_is_cut_off() -> None:

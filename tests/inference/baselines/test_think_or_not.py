@@ -181,7 +181,7 @@ def think_by_hand(
             return None
         state["since"] = len(out)
         p = ask(prompt + out)
-        if sum(p) < 0.5:
+        if not p or (len(p) == 1 and p[0] < 0.5):
             return None
         q = np.array(p) / sum(p)
         state["entropies"].append(float(-(q * np.log2(q)).sum() / len(q)))
