@@ -15,6 +15,7 @@ from neureasoner.errors import UserError
 from neureasoner.inference.config import AssembleConfig
 from neureasoner.inference.plan import PLAN_FILE, Plan
 from neureasoner.model_files import model_files
+from neureasoner.run import shipped
 from neureasoner.stages import MARK, STARTED, StageFolder
 
 CARD = "neureasoner.json"
@@ -34,7 +35,7 @@ def assemble(config: AssembleConfig) -> dict[str, Any]:
     ``out`` and renamed into place, so a killed run leaves no half checkpoint.
     """
     out, source = Path(config.out), Path(config.probes)
-    plan = Plan.load(config.plan)
+    plan = Plan.load(shipped(config.plan))  # the package's own, away from a checkout
     if not config.probes and plan.probe_paths:
         raise UserError(
             f"plan {plan.name} names probe {plan.probe_paths[0]}; give the folder of `probes fit` as probes"
@@ -51,7 +52,7 @@ def assemble(config: AssembleConfig) -> dict[str, Any]:
     files = [source / name / file for name in found for file in PROBE_FILES]
     files += [file for listed in others.values() for file in listed]
     inputs: list[str | Path] = [
-        config.plan,
+        shipped(config.plan),
         *([config.probes] if config.probes else []),
         *files,
         *model_files(config.model),

@@ -119,7 +119,7 @@ def can_run(python: str, user: int | None) -> bool:
         return False
 
 
-@pytest.fixture(scope="module", params=["as_we_are", "as_an_ordinary_user"])
+@pytest.fixture(scope="module", params=["as_we_are", pytest.param("as_an_ordinary_user", marks=pytest.mark.slow)])
 def attacks(request: pytest.FixtureRequest, box: Sandbox, outside: SimpleNamespace) -> dict[str, Any]:
     """All hostile programs, run by us and, where we are root, by somebody who is not."""
     user = None if request.param == "as_we_are" else ORDINARY
