@@ -5,13 +5,13 @@ Every arm answers the same problems with the same seeds, at the same sampling an
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from neureasoner.data_builders.families import FAMILIES
 from neureasoner.data_builders.grading.answers import option_letter
+from neureasoner.data_builders.grading.options import listed_options
 from neureasoner.errors import UserError
 from neureasoner.traces import Problem, Trace
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 VANILLA, FULL, RANDOM, VOTE, NO_THINKING = "vanilla", "full", "random_trigger", "self_consistency", "no_thinking"
 BUDGET = 0.5  # a baseline's budget, as a share of vanilla's mean thinking
-_SHOWN = re.compile(r"^\(([A-J])\)\s", re.MULTILINE)  # an option, as the benchmarks' templates write it
 
 
 @dataclass(frozen=True)
@@ -213,12 +212,9 @@ def _alarmed(plan: Plan) -> list[str]:
 def options_of(problems: Sequence[Problem]) -> str:
     """Such as ``ABCD`` where every problem asks for one of just these options; else nothing."""
     found = {
-        "".join(_SHOWN.findall(p.question)) if p.family not in FAMILIES and option_letter(p.answer) else ""
-        for p in problems
+        listed_options(p.question) if p.family not in FAMILIES and option_letter(p.answer) else "" for p in problems
     }
-    letters = {shown[shown.rfind("A") :] for shown in found}  # the stem may have a list of its own
-    only = letters.pop() if len(letters) == 1 else ""
-    return only if len(only) > 1 and "ABCDEFGHIJ".startswith(only) else ""
+    return found.pop() if len(found) == 1 else ""
 
 
 def thinking_of(vanilla: Iterable[Trace]) -> float:

@@ -35,7 +35,8 @@ def assemble(config: AssembleConfig) -> dict[str, Any]:
     ``out`` and renamed into place, so a killed run leaves no half checkpoint.
     """
     out, source = Path(config.out), Path(config.probes)
-    plan = Plan.load(shipped(config.plan))  # the package's own, away from a checkout
+    plan_file = shipped(config.plan)  # the package's own, away from a checkout
+    plan = Plan.load(plan_file)
     if not config.probes and plan.probe_paths:
         raise UserError(
             f"plan {plan.name} names probe {plan.probe_paths[0]}; give the folder of `probes fit` as probes"
@@ -52,7 +53,7 @@ def assemble(config: AssembleConfig) -> dict[str, Any]:
     files = [source / name / file for name in found for file in PROBE_FILES]
     files += [file for listed in others.values() for file in listed]
     inputs: list[str | Path] = [
-        shipped(config.plan),
+        plan_file,
         *([config.probes] if config.probes else []),
         *files,
         *model_files(config.model),

@@ -124,11 +124,9 @@ def _problems(config: BiasConfig) -> tuple[list[Problem], list[Problem]]:
     from neureasoner.training.rewards import check_gold
 
     held = choose_problems(config.validation, config.kinds) if config.validation else []
-    if config.objective == "sft":
-        train = [t.problem for t in read_traces(config.traces)]
-    else:
-        train = choose_problems(config.problems, config.kinds)
-    if config.objective != "sft" and len(train) < config.prompts:
+    sft = config.objective == "sft"
+    train = [t.problem for t in read_traces(config.traces)] if sft else choose_problems(config.problems, config.kinds)
+    if not sft and len(train) < config.prompts:
         raise UserError(
             f"{config.problems}: {len(train)} problems, fewer than one update's {config.prompts}; make more problems, "
             "choose more kinds, or lower prompts"
@@ -137,7 +135,7 @@ def _problems(config: BiasConfig) -> tuple[list[Problem], list[Problem]]:
     shared = [p.id for p in held if same_question(p.question) in known]
     if shared:
         raise UserError(f"{config.validation}: problem '{shared[0]}' is a training problem too; make another split")
-    check_gold([*(train if config.objective != "sft" else []), *held], config.answer)
+    check_gold(held if sft else [*train, *held], config.answer)
     return train, held
 
 
@@ -159,8 +157,8 @@ def build(config: BiasConfig, rate: float, steps: int, folder: Path, reward: Any
     disable_progress_bar()
     args = _arguments(config, rate, steps, folder)
     # what is trained on is read and checked first: the model may take minutes
-    rows_of_sft = _sft_rows(config) if config.objective == "sft" else []
-    problems, _ = _problems(config)
+    sft_rows = _sft_rows(config) if config.objective == "sft" else []
+    problems = [] if sft_rows else _problems(config)[0]
     dtype = config.dtype or (torch.float32 if config.arm == "full" else None)  # steps of 1e-6 would round away
     model, tokenizer = load(config.model, device=_device(config), dtype=dtype)
     vectors = BiasVectors(model) if config.arm == "vectors" else None
@@ -180,7 +178,7 @@ def build(config: BiasConfig, rate: float, steps: int, folder: Path, reward: Any
         "peft_config": lora if config.arm == "lora" else None,
     }
     if config.objective == "sft":
-        trainer: Any = trainers.PlainTrainer(train_dataset=Dataset.from_list(rows_of_sft), **common)
+        trainer: Any = trainers.PlainTrainer(train_dataset=Dataset.from_list(sft_rows), **common)
     else:
         chosen = reward or (coin() if config.reward == "random" else verified(config.answer))
         rows = [{"prompt": prompt_of(tokenizer, p, config.template), "row": i} for i, p in enumerate(problems)]

@@ -58,11 +58,16 @@ _JOIN = r"(?:[,;/&]|\band\b|\bor\b)"
 _BOXED = re.compile(rf"(?:^|{_JOIN}\s*)\(?([A-J])(?:\)|[.:](?=\s|$)|(?=\s+\()|(?=\s*(?:$|{_JOIN})))")
 
 
-def shown_options(question: str) -> str:
-    """The letters of the options that a question shows, such as ``ABCD``; all of A to J where it shows none so."""
+def listed_options(question: str) -> str:
+    """The letters of the options that a question lists, such as ``ABCD``; nothing where it lists none."""
     shown = "".join(_SHOWN.findall(question))
     last = shown[max(shown.rfind("A"), 0) :]  # the stem may have a list of its own
-    return last if len(last) > 1 and LETTERS.startswith(last) else LETTERS
+    return last if len(last) > 1 and LETTERS.startswith(last) else ""
+
+
+def shown_options(question: str) -> str:
+    """``listed_options``; all of A to J where a question lists none."""
+    return listed_options(question) or LETTERS
 
 
 def boxed_letters(content: str) -> str:
