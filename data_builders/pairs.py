@@ -221,10 +221,9 @@ def make_pairs(config: PairsConfig, judge: Judge | None = None) -> dict[str, Any
     """Stage ``data pairs``. Writes pairs.jsonl, and records/ of both continuations where sites were asked for."""
     from collections import Counter
 
-    from rich.progress import Progress
-
     from neureasoner.data_builders.judges import ExactJudge
     from neureasoner.models import load
+    from neureasoner.progress import Progress
     from neureasoner.sites import Layout
 
     problems = list(islice(read_problems(config.problems), config.limit or None))

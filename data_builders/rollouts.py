@@ -52,16 +52,8 @@ def sample_batch(
 
 def sample_rollouts(config: RolloutsConfig) -> dict[str, Any]:
     """Stage ``data rollouts``. Writes traces.jsonl (and records/ where sites were asked for)."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from neureasoner.models import load, load_tokenizer
+    from neureasoner.progress import Progress
 
     problems = list(islice(read_problems(config.problems), config.limit or None))
     for p in problems:  # an unreadable question should not cost a batch
@@ -84,14 +76,7 @@ def sample_rollouts(config: RolloutsConfig) -> dict[str, Any]:
         for site in config.record:
             Layout.of(model).check(site)
     right = done = 0
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as bar:
+    with Progress() as bar:
         task = bar.add_task("sampling", total=len(jobs))
         for i, (batch, part) in enumerate(zip(batches, parts, strict=True)):
             if not part.is_file():
@@ -103,7 +88,7 @@ def sample_rollouts(config: RolloutsConfig) -> dict[str, Any]:
                 traces = read_traces(part)
             done += len(batch)
             right += sum(grade(t.problem, answer_of(t.problem, t.response)) for t in traces if t.finished)
-            bar.update(task, advance=len(batch), description=f"sampling ({right / done:.0%} right)")
+            bar.update(task, advance=len(batch), so_far=f"{right / done:.0%} right")
     write_rows(folder.path / "traces.jsonl", (t for part in parts for t in read_traces(part)))
     if config.record:
         from neureasoner.probes.recording.record import record_to  # heavy, and only needed here

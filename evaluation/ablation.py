@@ -24,7 +24,7 @@ from neureasoner.evaluation.ablation_text import markdown
 from neureasoner.evaluation.arms import Arm
 from neureasoner.evaluation.config import EvaluateConfig
 from neureasoner.evaluation.metrics import LEVEL, Outcome, compare, per_problem, summarise
-from neureasoner.evaluation.problems import check_apart, gradable_problems
+from neureasoner.evaluation.problems import check_apart, containment, gradable_problems
 from neureasoner.evaluation.results import command_line, versions
 from neureasoner.evaluation.runner import ArmRun, outcomes
 from neureasoner.model_files import model_files
@@ -140,7 +140,7 @@ class Ablation:
             return self.plain if arm is None else self.plain.with_plan(arm.plan(c, strength, self.rate or 1.0))
 
         run = ArmRun(Arm(name, ""), load, settings, self.problems[part])
-        task = bar.add_task(f"{part} {name}", total=len(run.jobs), so_far="")
+        task = bar.add_task(f"{part} {name}", total=len(run.jobs))
         if not run.file.is_file():
             right: list[bool] = []
             for sample, batch in run.jobs:
@@ -200,7 +200,8 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     if folder.done:
         print((folder.path / "results.md").read_text(encoding="utf-8"), flush=True)
         return folder.summary
-    found = _run(Ablation(config, parts["validation"], parts["problems"]))
+    held = containment(config.out, [*parts["validation"], *parts["problems"]])
+    found = _run(Ablation(config, parts["validation"], parts["problems"])) | held
     write_json(folder.path / "results.json", found)
     text = markdown(found)
     write_text(folder.path / "results.md", text)
@@ -212,12 +213,11 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
 
 def _run(ablation: Ablation) -> dict[str, Any]:
     """Validation, then test; the whole of ``results.json``."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from neureasoner.progress import Progress
 
     config = ablation.config
     how = {"resamples": config.resamples, "seed": config.seed}
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[so_far]}")) as bar:
+    with Progress() as bar:
         plain = ablation.run("validation", None, 0.0, bar)
         tuning, strength = [], {}
         for arm in ablation.arms if config.tune == "each" else ablation.arms[:1]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from neureasoner.evaluation.cells import header, interval, p_of, row
+from neureasoner.evaluation.markdown import programs
 from neureasoner.evaluation.verdict import comparison, percent, points
 
 FEW = 8  # seeds below which a table says so
@@ -98,4 +99,5 @@ def markdown(results: Mapping[str, Any]) -> str:
     if results["gate"]:
         parts += ["", gate_text(results["gate"])]
     parts += ["", "Strengths on validation problems:", "", *tuning_table(results)]
+    parts += [line for said in programs(results) for line in ("", said)]
     return "\n".join(parts) + "\n"

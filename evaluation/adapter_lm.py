@@ -101,7 +101,7 @@ class AdapterLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Responses under the plan, cut at the task's stop texts. Requests of like settings run together."""
-        from rich.progress import Progress
+        from neureasoner.progress import Progress
 
         settings = [_settings(r.args[1], self.max_gen_toks) for r in requests]
         done: dict[int, str] = {}

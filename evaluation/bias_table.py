@@ -144,10 +144,10 @@ class Table:
 
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from neureasoner.progress import Progress
 
-    with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("", total=total)
+    with Progress() as bar:
+        task = bar.add_task(what, total=total)
         yield lambda n: bar.update(task, advance=n)
 
 

@@ -35,7 +35,7 @@ from neureasoner.evaluation.metrics import (
     sign_flip_p,
     summarise,
 )
-from neureasoner.evaluation.problems import check_apart, gradable_problems
+from neureasoner.evaluation.problems import check_apart, containment, gradable_problems
 from neureasoner.evaluation.results import command_line, versions
 from neureasoner.inference.plan import PLAN_FILE, Plan, Rule
 from neureasoner.inference.plan_yaml import rule_from_dict
@@ -275,7 +275,8 @@ def combine(config: CombineConfig) -> dict[str, Any]:
     if folder.done:
         print((folder.path / "results.md").read_text(encoding="utf-8"), flush=True)
         return folder.summary
-    found = _run(Combination(config, plan, problems))
+    held = containment(config.out, [p for part in problems.values() for p in part])
+    found = _run(Combination(config, plan, problems)) | held
     write_json(folder.path / "results.json", found)
     text = markdown(found)
     write_text(folder.path / "results.md", text)
@@ -292,12 +293,11 @@ def _plain(path: Path) -> Path:
 
 def _run(combination: Combination) -> dict[str, Any]:
     """Validation, then test; the whole of ``results.json``."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from neureasoner.progress import Progress
 
     config = combination.config
     how = {"resamples": config.resamples, "seed": config.seed}
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[so_far]}")) as bar:
+    with Progress() as bar:
         tuning = combination.tune(bar)
         measured = combination.measure(bar)
     rows = {name: outs for name, (_, outs) in measured.items()}

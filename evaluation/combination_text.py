@@ -7,6 +7,7 @@ from typing import Any
 
 from neureasoner.evaluation.cells import header, interval, p_of, row
 from neureasoner.evaluation.combination_config import ALL, NONE
+from neureasoner.evaluation.markdown import programs
 from neureasoner.evaluation.verdict import comparison, percent, points
 
 FEW = 8  # seeds below which a page says so
@@ -118,4 +119,5 @@ def markdown(results: Mapping[str, Any]) -> str:
         parts += tuning_table(results)
     if seeds["samples"] < FEW:
         parts += ["", f"Only {_seeds(seeds['samples'])} a problem: intervals by problem hold, but they are wide."]
+    parts += [line for said in programs(results) for line in ("", said)]
     return "\n".join(parts) + "\n"

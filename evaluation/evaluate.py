@@ -6,7 +6,7 @@ be done by itself (``shard``): it writes parts and nothing else, and a run witho
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from neureasoner.evaluation.arms import (
 from neureasoner.evaluation.config import CAP, MERGE, PAPER, EvaluateConfig, parse_shard
 from neureasoner.evaluation.markdown import markdown
 from neureasoner.evaluation.metrics import Outcome, per_problem
-from neureasoner.evaluation.problems import gradable_problems, is_program
+from neureasoner.evaluation.problems import containment, gradable_problems, is_program
 from neureasoner.evaluation.runner import ArmRun, outcomes
 from neureasoner.evaluation.store import listed
 from neureasoner.model_files import model_files, resolve
@@ -41,7 +41,7 @@ from neureasoner.stages import StageFolder
 from neureasoner.traces import Problem, read_traces
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from neureasoner.progress import Progress
 
 CARD, PLAN = "neureasoner.json", "plan.yaml"
 APART = ("shard", "device", "report_traces", "details", "show_examples")  # settings that no sample depends on
@@ -160,23 +160,6 @@ def _check_thinking(base: str, arms: list[Arm]) -> None:
         )
 
 
-def _containment(out: str, problems: list[Problem]) -> dict[str, Any]:
-    """What holds programs here, where there are any. Raises UserError if those of earlier parts were held otherwise."""
-    if not any(map(is_program, problems)):
-        return {}
-    from neureasoner.evaluation.benchmarks.code import sandbox
-
-    found, file = asdict(sandbox().containment), Path(out) / "sandbox.json"
-    before = read_json(file)["level"] if file.is_file() else found["level"]
-    if before != found["level"]:
-        raise UserError(
-            f"{out}: programs ran at the level '{before}' of the sandbox so far, and would run at '{found['level']}' "
-            "here; choose another --out"
-        )
-    write_json(file, found)
-    return {"sandbox": found}
-
-
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Stage ``evaluate``. Writes results.json and .md, traces/<arm>.jsonl, figures/ and report.html; prints a table.
 
@@ -227,7 +210,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     )
     if not folder.done:
         evaluation = Evaluation(config, problems, base)
-        evaluation.extras |= _containment(config.out, problems)
+        evaluation.extras |= containment(config.out, problems)
         shared = _run(evaluation, arms, skipped)
         if config.shard and config.shard != MERGE:
             return shared
@@ -242,18 +225,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def _run(evaluation: Evaluation, arms: list[Arm], skipped: dict[str, str]) -> dict[str, Any]:
     """Every arm, or the share of each. Returns what a share did; raises UserError where parts are missing to merge."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from neureasoner.progress import Progress
 
     shard, left = evaluation.config.shard, dict[str, str]()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[so_far]}"),
-    )
     done = 0
-    with Progress(*columns) as bar:
+    with Progress() as bar:
         for name, reason in skipped.items():
             bar.console.print(f"[yellow]arm {name} left out: {reason}[/yellow]")
         for arm in arms:
@@ -288,7 +264,7 @@ def _run(evaluation: Evaluation, arms: list[Arm], skipped: dict[str, str]) -> di
 
 def _generate(run: ArmRun, todo: list[tuple[int, int]], bar: Progress) -> int:
     """Generate parts of an arm; returns how many."""
-    task = bar.add_task(f"{run.arm.name:<16}", total=len(run.jobs) * run.k, so_far="")
+    task = bar.add_task(f"{run.arm.name:<16}", total=len(run.jobs) * run.k)
     bar.update(task, completed=(len(run.jobs) - len(todo)) * run.k)
     done: list[Outcome] = []
     for sample, batch in todo:

@@ -70,9 +70,13 @@ def source(results: Mapping[str, Any]) -> list[str]:
     if differs:
         listed = ", ".join(f"{k} {ours} (paper: {theirs})" for k, (ours, theirs) in differs.items())
         said.append(f"Not the paper's protocol: {listed}.")
-    if held := results.get("sandbox"):
-        said.append(f"Programs ran in the sandbox at the level '{held['level']}', {held['user']}.")
-    return said
+    return said + programs(results)
+
+
+def programs(results: Mapping[str, Any]) -> list[str]:
+    """What held the programs, where there were any; sentences."""
+    held = results.get("sandbox")
+    return [f"Programs ran in the sandbox at the level '{held['level']}', {held['user']}."] if held else []
 
 
 def _area(entry: Mapping[str, Any] | None) -> str:

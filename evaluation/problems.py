@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from neureasoner.artifacts import read_json
+from neureasoner.artifacts import read_json, write_json
 from neureasoner.data_builders.families import FAMILIES
 from neureasoner.data_builders.grading.answers import TESTS
 from neureasoner.data_builders.grading.verifier import MathVerifier
@@ -47,6 +48,26 @@ def gradable_problems(file: str | Path, limit: int = 0) -> list[Problem]:
     if any(p.family not in FAMILIES and not is_program(p) for p in problems):
         MathVerifier()  # raises where math-verify is missing
     return problems
+
+
+def containment(out: str, problems: Sequence[Problem]) -> dict[str, Any]:
+    """``{"sandbox": what holds programs here}`` where there are any, kept in ``out``; else nothing.
+
+    Raises UserError if those of earlier parts of the same run were held otherwise.
+    """
+    if not any(map(is_program, problems)):
+        return {}
+    from neureasoner.evaluation.benchmarks.code import sandbox
+
+    found, file = asdict(sandbox().containment), Path(out) / "sandbox.json"
+    before = read_json(file)["level"] if file.is_file() else found["level"]
+    if before != found["level"]:
+        raise UserError(
+            f"{out}: programs ran at the level '{before}' of the sandbox so far, and would run at '{found['level']}' "
+            "here; choose another --out"
+        )
+    write_json(file, found)
+    return {"sandbox": found}
 
 
 def check_apart(

@@ -131,15 +131,14 @@ class _progress:
     """A progress bar for batches; silent while a response is streamed."""
 
     def __init__(self, console: Console, total: int, silent: bool):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from neureasoner.progress import Progress
 
-        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=console, transient=True, disable=silent)
+        self.bar = Progress(console=console, transient=True, disable=silent)
         self.total = total
 
     def __enter__(self) -> Any:
         self.bar.start()
-        task = self.bar.add_task("", total=self.total)
+        task = self.bar.add_task("generating", total=self.total)
         return lambda done, total: self.bar.update(task, completed=done)
 
     def __exit__(self, *_: object) -> None:

@@ -19,9 +19,9 @@ from neureasoner.data_builders.endpoint.attempts import Road
 from neureasoner.data_builders.endpoint.budget import UNKNOWN
 from neureasoner.data_builders.endpoint.config import EndpointConfig
 from neureasoner.data_builders.endpoint.prices import price_of
-from neureasoner.data_builders.endpoint.progress import duration
 from neureasoner.data_builders.endpoint.requests import Question, Request, Usage
 from neureasoner.data_builders.endpoint.tally import Tally
+from neureasoner.progress import duration
 
 ASSUMED_OUTPUT = 500  # tokens of an answer, where nothing was measured and nothing else is said
 ENOUGH = 8  # measured questions below which a mean says little

@@ -7,17 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from neureasoner.data_builders.endpoint.tally import Tally
+from neureasoner.progress import duration
 
 Watch = Callable[[Tally], None]
-
-
-def duration(seconds: float | None) -> str:
-    """``1:02:03``, or a dash when it is not known."""
-    if seconds is None:
-        return "–"
-    minutes, s = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
 
 
 def describe(tally: Tally) -> str:
@@ -39,14 +31,11 @@ def describe(tally: Tally) -> str:
 @contextmanager
 def live(label: str = "asking", console: Any = None) -> Iterator[Watch]:
     """A live progress line on the terminal; yields what ``ask`` takes as ``progress``."""
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn
 
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[line]}"),
-    )
+    from neureasoner.progress import Progress, SoFar
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), SoFar())
     with Progress(*columns, console=console, refresh_per_second=4) as bar:
-        task = bar.add_task(label, total=None, line="")
-        yield lambda tally: bar.update(task, completed=tally.done, total=tally.total, line=describe(tally))
+        task = bar.add_task(label, total=None)
+        yield lambda tally: bar.update(task, completed=tally.done, total=tally.total, so_far=describe(tally))

@@ -100,7 +100,7 @@ def import_corpus(config: ImportConfig, verifier: Verifier | None = None) -> dic
 
 def _run(config: ImportConfig, source: Source, importer: Importer, files: PartFiles) -> None:
     """Read on from where the last run stopped, to the end or the limit."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from neureasoner.progress import Progress
 
     done = 0
     if files.state:
@@ -110,13 +110,13 @@ def _run(config: ImportConfig, source: Source, importer: Importer, files: PartFi
         if files.state["end"]:
             return
     rows = islice(source.rows(done), max(0, config.limit - done) if config.limit else None)
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True) as bar:
+    with Progress(transient=True) as bar:
         task = bar.add_task("importing", total=None)
         for part in parts(rows):
             data = importer.part(part)
             done += len(part)
             files.commit(data, {"rows": done, "end": False, **importer.state()})
-            bar.update(task, description=f"importing: {done} rows, {importer.counts['kept']} kept")
+            bar.update(task, completed=done, so_far=f"{importer.counts['kept']} kept")
     files.commit({}, {"rows": done, "end": True, **importer.state()})
 
 

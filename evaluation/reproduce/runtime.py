@@ -98,9 +98,8 @@ def runtime(config: RuntimeConfig) -> dict[str, Any]:
 
     Raises UserError for a folder that is no steered checkpoint, or a plan without probes.
     """
-    from rich.progress import Progress
-
     from neureasoner.inference.steered import SteeredModel
+    from neureasoner.progress import Progress
 
     checkpoint = Path(resolve(config.model))
     if not (checkpoint / PLAN_FILE).is_file():

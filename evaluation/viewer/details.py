@@ -124,7 +124,8 @@ def write_details(config: DetailsConfig) -> Path:
     Raises UserError for a folder without results, a model that is gone or another, and results that name no neurons.
     """
     import torch
-    from rich.progress import Progress
+
+    from neureasoner.progress import Progress
 
     out = Path(config.run)
     results = load_results(out)

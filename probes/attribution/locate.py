@@ -212,10 +212,9 @@ def locate(config: LocateConfig) -> dict[str, Any]:
 
     A level without failing spans is left out with a warning; UserError if none is left.
     """
-    from rich.progress import Progress
-
     from neureasoner.models import fingerprint, load
     from neureasoner.probes.attribution.figures import draw_example, draw_experts, draw_selected
+    from neureasoner.progress import Progress
 
     inputs: list[str | Path] = [
         *model_files(config.model),

@@ -152,10 +152,9 @@ def rcn(config: RcnConfig) -> dict[str, Any]:
 
     ``directions/full`` is the same neurons as a Direction; beside it are its ablation variants.
     """
-    from rich.progress import Progress
-
     from neureasoner.models import fingerprint, load
     from neureasoner.probes.directions.critical import critical_directions
+    from neureasoner.progress import Progress
 
     folder = StageFolder(config.out, "probes rcn", config, inputs=[*model_files(config.model), config.traces])
     if folder.done:

@@ -57,12 +57,12 @@ def pooled_prompts(model: Any, prompts: Sequence[Prompt], batch_size: int) -> np
 
     0.7 GB for 1000 questions of Qwen3-1.7B (N = 172,032).
     """
-    from rich.progress import track
+    from neureasoner.progress import track
 
     layout = Layout.of(model)
     out = np.zeros((len(prompts), layout.n_layers * layout.intermediate_size), dtype=np.float32)
     batches = span_means(model, [(list(p), 1, len(p)) for p in prompts], batch_size)
-    for members, mean, _ in track(batches, "reading questions", total=-(-len(prompts) // batch_size)):
+    for members, mean, _ in track(batches, "reading questions", -(-len(prompts) // batch_size)):
         out[members] = mean
     return out
 

@@ -146,9 +146,8 @@ def _experiments(config: ReportConfig, s: LevelStudy) -> dict[str, Callable[[], 
 
 def report(config: ReportConfig) -> dict[str, Any]:
     """Stage ``probes report``. Writes report.json, report.md and figures; every experiment is kept as it is done."""
-    from rich.progress import Progress
-
     from neureasoner.models import load
+    from neureasoner.progress import Progress
 
     where = Path(config.fit)
     if not (where / "results.json").is_file() or not (where / MARK).is_file():

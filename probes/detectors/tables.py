@@ -62,12 +62,12 @@ def build_tables(
     batch_size: int,
 ) -> dict[str, dict[str, Table]]:
     """``{level: {key: Table}}`` for the feature sets given. Records every trace once, into shards under ``cache``."""
-    from rich.progress import track
+    from neureasoner.progress import track
 
     sites = list(dict.fromkeys(s for group in sets.values() for f in group.values() for s in f.sites()))
     paths = []
     starts = range(0, len(traces), SHARD)
-    for begin in track(starts, description="recording", total=len(starts)):
+    for begin in track(starts, "recording", len(starts)):
         path = cache / f"{begin // SHARD:05d}.safetensors"
         if not path.is_file():
             members = traces[begin : begin + SHARD]

@@ -85,9 +85,8 @@ def sizes_of(layout: Layout) -> dict[str, int]:
 
 def directions(config: DirectionsConfig) -> dict[str, Any]:
     """Stage ``probes directions``. Writes ``direction.safetensors`` and ``direction.json``."""
-    from rich.progress import Progress
-
     from neureasoner.models import fingerprint, load
+    from neureasoner.progress import Progress
 
     removed = [Path(f) / INFO_FILE for f in config.remove]
     inputs: list[str | Path] = [*model_files(config.model), config.traces, *removed]

@@ -270,11 +270,10 @@ def fluctuation(config: FluctuationConfig) -> dict[str, Any]:
     A level without pairs or without neurons is left out with a warning; UserError if none is left, or for neurons of
     another model.
     """
-    from rich.progress import Progress
-
     from neureasoner.models import load
     from neureasoner.probes.detectors.fit import command_line
     from neureasoner.probes.fluctuation.figures import draw_level, markdown, print_table
+    from neureasoner.progress import Progress
 
     given = [config.neurons, *filter(None, (config.pairs, config.traces, config.nothinking))]
     folder = StageFolder(config.out, "probes fluctuation", config, inputs=[*model_files(config.model), *given])

@@ -181,7 +181,7 @@ def record_to(
     Traces that are in the store are skipped, so a kill costs one shard. Raises UserError as ``record`` and
     ``SeriesStore.create`` do, for two traces of one id, and for one that was recorded from other tokens.
     """
-    from rich.progress import Progress
+    from neureasoner.progress import Progress
 
     layout, names = Layout.of(model), _names(model, sites)
     vocabulary = fingerprint(tokenizer.get_vocab())
