@@ -7,8 +7,8 @@ from typing import Any
 
 
 def row(*cells: str) -> str:
-    """One line of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
+    """One line of a Markdown table; what a cell holds ends neither it nor the line."""
+    return "| " + " | ".join(" ".join(c.replace("|", "\\|").splitlines()) for c in cells) + " |"
 
 
 def header(*cells: str) -> list[str]:
@@ -25,3 +25,11 @@ def interval(value: float, ends: Any, scale: float = 100.0, digits: int = 1, *, 
 def p_of(c: Mapping[str, Any]) -> str:
     """``p = 0.031`` of a paired comparison, ``p < 0.001`` below that."""
     return f"p {'<' if c['accuracy_p'] < 0.001 else '='} {max(c['accuracy_p'], 0.001):.3f}"
+
+
+def value_of(entry: Any) -> tuple[float, list[float] | None] | None:
+    """(value, interval) of a figure of ``probes fit``, or None where it is undefined."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("value"), int | float):
+        return None
+    ci = [float(e) for e in (entry.get("low"), entry.get("high")) if isinstance(e, int | float)]
+    return float(entry["value"]), ci if len(ci) == 2 else None

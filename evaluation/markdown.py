@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from neureasoner.evaluation.arms import VANILLA
-from neureasoner.evaluation.cells import header, interval, p_of, row
+from neureasoner.evaluation.cells import header, interval, p_of, row, value_of
 from neureasoner.evaluation.verdict import caution, comparison, headline, percent, points, sentences
 
 FAILURES = {"intra": "wrong step", "inter": "circles", "instance": "easy question"}
@@ -79,15 +79,17 @@ def programs(results: Mapping[str, Any]) -> list[str]:
     return [f"Programs ran in the sandbox at the level '{held['level']}', {held['user']}."] if held else []
 
 
-def _area(entry: Mapping[str, Any] | None) -> str:
-    area = (entry or {}).get("test", {}).get("auroc")
-    if not area or area.get("value") is None:
+def _area(entry: Any) -> str:
+    test = entry.get("test") if isinstance(entry, Mapping) else None
+    found = value_of(test.get("auroc")) if isinstance(test, Mapping) else None
+    if not found or not found[1]:
         return "–"
-    return f".{round(100 * area['value']):02d} [{area['low']:.2f}, {area['high']:.2f}]".replace(".100", "1.00")
+    low, high = found[1]
+    return f".{round(100 * found[0]):02d} [{low:.2f}, {high:.2f}]".replace(".100", "1.00")
 
 
 def probes_table(results: Mapping[str, Any]) -> list[str]:
-    """AUROC on unseen problems: the chosen probe, the paper's spectra, and the controls."""
+    """AUROC on unseen problems: the chosen probe, the paper's spectra, and the controls; empty where none is known."""
     lines = header("level", "shows", "chosen probe", "AUROC", "the paper's spectra", "random channels", "length only")
     for level, entry in results["probes"].items():
         controls = entry.get("controls", {})
@@ -96,11 +98,12 @@ def probes_table(results: Mapping[str, Any]) -> list[str]:
                 level,
                 FAILURES.get(level, level),
                 f"{entry.get('features', '–')}, window {entry.get('window', '–')}",
-                *(_area(entry.get(key)) for key in ("chosen", "paper")),
+                _area(entry.get("chosen") or entry),
+                _area(entry.get("paper")),
                 *(_area(controls.get(key)) for key in ("random", "length")),
             )
         )
-    return lines
+    return lines if any("[" in line for line in lines[2:]) else []
 
 
 def families_table(results: Mapping[str, Any]) -> list[str]:
@@ -134,6 +137,6 @@ def markdown(results: Mapping[str, Any]) -> str:
     if results["skipped"]:
         parts += ["", *(f"Not run: {name} ({why})." for name, why in results["skipped"].items())]
     parts += ["", "Accuracy by family, per cent:", "", *families_table(results)]
-    if results["probes"]:
-        parts += ["", "Probes, on problems that neither fitting nor choosing has seen:", "", *probes_table(results)]
+    if table := probes_table(results):
+        parts += ["", "Probes, on problems that neither fitting nor choosing has seen:", "", *table]
     return "\n".join(parts) + "\n"

@@ -19,6 +19,7 @@ from neureasoner.artifacts import read_json, write_text
 from neureasoner.data_builders.browse import embed
 from neureasoner.evaluation import charts
 from neureasoner.evaluation.arms import FULL, VANILLA, VOTE
+from neureasoner.evaluation.cells import value_of
 from neureasoner.evaluation.examples import KINDS, first_samples, main_pair, pick, thresholds, view
 from neureasoner.evaluation.markdown import source
 from neureasoner.evaluation.report_tables import (
@@ -28,7 +29,6 @@ from neureasoner.evaluation.report_tables import (
     ends,
     families_table,
     probes_table,
-    value_of,
 )
 from neureasoner.evaluation.run_folder import load_results, load_traces
 from neureasoner.evaluation.verdict import arm_of, caution, headline, sentences

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from neureasoner.evaluation.arms import FULL, VANILLA
+from neureasoner.evaluation.cells import value_of
 from neureasoner.evaluation.verdict import comparison, percent, points
 
 
@@ -22,14 +23,6 @@ def _main(arm: Mapping[str, Any]) -> str:
 def ends(value: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
     """``[58.1, 64.1]``."""
     return f"[{scale * value[0]:.{digits}f}, {scale * value[1]:.{digits}f}]"
-
-
-def value_of(entry: Any) -> tuple[float, list[float] | None] | None:
-    """(value, interval) of a figure of ``probes fit``, or None where it is undefined."""
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("value"), int | float):
-        return None
-    ci = [float(e) for e in (entry.get("low"), entry.get("high")) if isinstance(e, int | float)]
-    return float(entry["value"]), ci if len(ci) == 2 else None
 
 
 def arms_table(results: Mapping[str, Any]) -> str:

@@ -63,7 +63,7 @@ def headline(results: Mapping[str, Any]) -> str:
 
 
 def sentences(results: Mapping[str, Any]) -> list[str]:
-    """The comparisons that tell where a gain comes from, one sentence each."""
+    """The comparisons that tell where a gain comes from, one sentence each; without full, each against vanilla."""
     said = []
     names = {
         RANDOM: "Against a coin that intervenes as often, full",
@@ -76,7 +76,8 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
         if c:
             verb = _judged(c["accuracy_delta"], c["accuracy_shown"], "gains", "loses", "shows no difference:")
             said.append(f"{start} {verb} {points(c)}, {percent(c)}.")
-    for name in (n for n, arm in ARMS.items() if arm.baseline):
+    alone = arm_of(results, FULL) is None
+    for name in (n for n, arm in ARMS.items() if arm.baseline or alone):
         c = comparison(results, name, VANILLA)
         if c:
             verb = _judged(c["accuracy_delta"], c["accuracy_shown"], "gains", "loses", "shows no difference:")

@@ -17,11 +17,12 @@ from neureasoner.errors import UserError
 from neureasoner.evaluation.config import EvaluateConfig
 from neureasoner.evaluation.examples import false_alarms, fits, main_pair, misses, pick, view
 from neureasoner.evaluation.markdown import markdown
+from neureasoner.evaluation.markdown import probes_table as probes_lines
 from neureasoner.evaluation.report import embed, write_report
 from neureasoner.evaluation.results import build, probes_of
 from neureasoner.evaluation.runner import outcomes
 from neureasoner.evaluation.show import choose_examples, show
-from neureasoner.evaluation.verdict import caution, headline
+from neureasoner.evaluation.verdict import caution, headline, sentences
 from neureasoner.traces import InterLabel, IntraLabel, Labels, Problem, Step, Trace, write_rows
 
 EVIL = "</script><script>alert('{{data}}')</script><img src=http://evil onerror=x><!-- & \u2028 \U0001f9e0"
@@ -378,3 +379,26 @@ def test_markdown_says_what_the_results_say(folder: Any) -> None:
         assert f"| {a['tokens_mean']:.0f} [" in line
     widths = {line.count("|") for line in text.splitlines() if line.startswith("| vanilla")}
     assert len(widths) >= 1 and "nan" not in text.lower()
+
+
+def test_without_full_every_arm_is_set_against_vanilla() -> None:
+    c = {"accuracy_delta": 0.06, "accuracy_delta_ci": [0.01, 0.11], "accuracy_shown": True}
+    c |= {"tokens_relative": 0.2, "tokens_relative_ci": [0.1, 0.3], "tokens_shown": True, "against": "vanilla"}
+    arms = [{"name": n, "triggers_per_trace": 0.5} for n in ("vanilla", "intra", "no_thinking")]
+    rows = [c | {"arm": n} for n in ("intra", "no_thinking", "full")]
+    said = [
+        f"Against vanilla, {n} gains +6.0 points [+1.0, +11.0], +20% tokens [+10%, +30%]." for n in ("intra", "full")
+    ]
+    assert said[0] in sentences({"comparisons": rows[:2], "arms": arms})
+    assert said[1] not in sentences({"comparisons": rows[2:], "arms": [*arms, arms[0] | {"name": "full"}]})
+
+
+def test_probes_are_a_table_only_where_something_is_known_of_them() -> None:
+    own = {"features": "a|b", "window": 2, "test": {"auroc": {"value": 0.95, "low": 0.9, "high": 1.0}}}
+    silent: list[dict[str, Any]] = [own | {"test": t} for t in (None, "w", {}, {"auroc": {"value": "w"}})]
+    assert probes_lines({"probes": {}}) == [] == probes_lines({"probes": dict(enumerate(silent))})
+    lines = probes_lines({"probes": {"intra": own, "inter": silent[0]}})
+    assert lines[2:] == [
+        "| intra | wrong step | a\\|b, window 2 | .95 [0.90, 1.00] | – | – | – |",
+        "| inter | circles | a\\|b, window 2 | – | – | – | – |",
+    ]
