@@ -62,6 +62,11 @@ def headline(results: Mapping[str, Any]) -> str:
     return f"No difference between full and vanilla is shown on these problems: {points(c)}, {percent(c)}."
 
 
+def _gain(c: Mapping[str, Any]) -> str:
+    verb = _judged(c["accuracy_delta"], c["accuracy_shown"], "gains", "loses", "shows no difference in accuracy:")
+    return f"{verb} {points(c)}, {percent(c)}"
+
+
 def sentences(results: Mapping[str, Any]) -> list[str]:
     """The comparisons that tell where a gain comes from, one sentence each; without full, each against vanilla."""
     said = []
@@ -74,14 +79,12 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
     for rival, start in names.items():
         c = comparison(results, FULL, rival)
         if c:
-            verb = _judged(c["accuracy_delta"], c["accuracy_shown"], "gains", "loses", "shows no difference:")
-            said.append(f"{start} {verb} {points(c)}, {percent(c)}.")
+            said.append(f"{start} {_gain(c)}.")
     alone = arm_of(results, FULL) is None
     for name in (n for n, arm in ARMS.items() if arm.baseline or alone):
         c = comparison(results, name, VANILLA)
         if c:
-            verb = _judged(c["accuracy_delta"], c["accuracy_shown"], "gains", "loses", "shows no difference:")
-            said.append(f"Against vanilla, {name} {verb} {points(c)}, {percent(c)}.")
+            said.append(f"Against vanilla, {name} {_gain(c)}.")
     c = comparison(results, "oracle_trigger", FULL)
     if c:
         room = _judged(

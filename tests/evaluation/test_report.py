@@ -386,9 +386,8 @@ def test_without_full_every_arm_is_set_against_vanilla() -> None:
     c |= {"tokens_relative": 0.2, "tokens_relative_ci": [0.1, 0.3], "tokens_shown": True, "against": "vanilla"}
     arms = [{"name": n, "triggers_per_trace": 0.5} for n in ("vanilla", "intra", "no_thinking")]
     rows = [c | {"arm": n} for n in ("intra", "no_thinking", "full")]
-    said = [
-        f"Against vanilla, {n} gains +6.0 points [+1.0, +11.0], +20% tokens [+10%, +30%]." for n in ("intra", "full")
-    ]
+    figures = "gains +6.0 points [+1.0, +11.0], +20% tokens [+10%, +30%]."
+    said = [f"Against vanilla, {n} {figures}" for n in ("intra", "full")]
     assert said[0] in sentences({"comparisons": rows[:2], "arms": arms})
     assert said[1] not in sentences({"comparisons": rows[2:], "arms": [*arms, arms[0] | {"name": "full"}]})
 
@@ -396,7 +395,7 @@ def test_without_full_every_arm_is_set_against_vanilla() -> None:
 def test_probes_are_a_table_only_where_something_is_known_of_them() -> None:
     own = {"features": "a|b", "window": 2, "test": {"auroc": {"value": 0.95, "low": 0.9, "high": 1.0}}}
     silent: list[dict[str, Any]] = [own | {"test": t} for t in (None, "w", {}, {"auroc": {"value": "w"}})]
-    assert probes_lines({"probes": {}}) == [] == probes_lines({"probes": dict(enumerate(silent))})
+    assert probes_lines({"probes": {}}) == [] == probes_lines({"probes": dict(zip("abcd", silent, strict=True))})
     lines = probes_lines({"probes": {"intra": own, "inter": silent[0]}})
     assert lines[2:] == [
         "| intra | wrong step | a\\|b, window 2 | .95 [0.90, 1.00] | – | – | – |",
