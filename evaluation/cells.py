@@ -33,3 +33,13 @@ def value_of(entry: Any) -> tuple[float, list[float] | None] | None:
         return None
     ci = [float(e) for e in (entry.get("low"), entry.get("high")) if isinstance(e, int | float)]
     return float(entry["value"]), ci if len(ci) == 2 else None
+
+
+def figures(arm: Mapping[str, Any]) -> list[str]:
+    """Cells of one arm: accuracy and tokens with intervals, what acted in an answer, the share cut off."""
+    return [
+        interval(arm["accuracy"], arm["accuracy_ci"]),
+        interval(arm["tokens_mean"], arm["tokens_ci"], 1, 0),
+        f"{arm['triggers_per_trace']:.2f}",
+        f"{100 * arm['truncated']:.1f}",
+    ]

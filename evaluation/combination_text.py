@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from neureasoner.evaluation.cells import header, interval, p_of, row
+from neureasoner.evaluation.cells import figures, header, interval, p_of, row
 from neureasoner.evaluation.combination_config import ALL, NONE
 from neureasoner.evaluation.markdown import programs
 from neureasoner.evaluation.verdict import comparison, percent, points
@@ -35,10 +35,7 @@ def arms_table(results: Mapping[str, Any]) -> list[str]:
         lines.append(
             row(
                 a["name"],
-                interval(a["accuracy"], a["accuracy_ci"]),
-                interval(a["tokens_mean"], a["tokens_ci"], 1, 0),
-                f"{a['triggers_per_trace']:.2f}",
-                f"{100 * a['truncated']:.1f}",
+                *figures(a),
                 f"{points(c)}; {percent(c)}" if c else "–",
                 points(d) if d and a["name"] != NONE else "–",
             )

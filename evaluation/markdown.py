@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from neureasoner.evaluation.arms import VANILLA
-from neureasoner.evaluation.cells import header, interval, p_of, row, value_of
+from neureasoner.evaluation.cells import figures, header, interval, p_of, row, value_of
 from neureasoner.evaluation.verdict import caution, comparison, headline, percent, points, sentences
 
 FAILURES = {"intra": "wrong step", "inter": "circles", "instance": "easy question"}
@@ -20,10 +20,7 @@ def arms_table(results: Mapping[str, Any]) -> list[str]:
         lines.append(
             row(
                 a["name"],
-                interval(a["accuracy"], a["accuracy_ci"]),
-                interval(a["tokens_mean"], a["tokens_ci"], 1, 0),
-                f"{a['triggers_per_trace']:.2f}",
-                f"{100 * a['truncated']:.1f}",
+                *figures(a),
                 f"{points(c)}, {p_of(c)}; {percent(c)}" if c else "–",
             )
         )

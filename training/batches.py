@@ -4,7 +4,7 @@ absent, an error at the first number that is none, and one short line per log.""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTTrainer
 
+from neureasoner.progress import duration
 from neureasoner.training.checkpoints import WholeCheckpoints
 from neureasoner.training.finite import FiniteLoss, Guard
 
@@ -57,15 +58,20 @@ class Lines(TrainerCallback):
         self.began, self.first = time.time(), state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & set(logs):
+        shown = self.shown(logs or {})
+        if not state.is_world_process_zero or not shown:
             return
         done = state.global_step - self.first
         left = (time.time() - self.began) / max(done, 1) * (state.max_steps - state.global_step)
-        shown = [f"step {state.global_step}/{state.max_steps}"]
-        shown += [f"{k} {float(logs[k]):.3f}" for k in ("loss", "eval_loss") if k in logs]
-        if "learning_rate" in logs:
-            shown.append(f"lr {float(logs['learning_rate']):.1e}")
-        print("  ".join([*shown, f"{int(left) // 60}:{int(left) % 60:02d} left"]), flush=True)
+        step = f"step {state.global_step}/{state.max_steps}"
+        print("  ".join([step, *shown, f"{duration(left)} left"]), flush=True)
+
+    def shown(self, logs: Mapping[str, float]) -> list[str]:
+        """What of a log is printed; nothing of one without a loss."""
+        found = [f"{k} {float(logs[k]):.3f}" for k in ("loss", "eval_loss") if k in logs]
+        if found and "learning_rate" in logs:
+            found.append(f"lr {float(logs['learning_rate']):.1e}")
+        return found
 
 
 class TriggerTrainer(FiniteLoss, WholeCheckpoints, SFTTrainer):  # type: ignore[misc]

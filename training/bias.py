@@ -193,7 +193,7 @@ def build(config: BiasConfig, rate: float, steps: int, folder: Path, reward: Any
         trainer.task = trainers.Task(problems, chosen, config.answer, config.seed)
     trainer.vectors = vectors
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(trainers.Lines())
+    trainer.add_callback(trainers.PolicyLines())
     trainer.add_callback(Guard())
     return trainer
 

@@ -23,21 +23,20 @@ advantages, log-probabilities, the optimiser loop, GRPO's loss. What is ours, an
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
 from trl import GRPOTrainer, RLOOTrainer, SFTTrainer
 from trl.trainer.utils import RepeatSampler
 
 from neureasoner.artifacts import read_tensors, write_tensors
 from neureasoner.errors import UserError
 from neureasoner.traces import Problem
-from neureasoner.training.batches import LikeLengths
+from neureasoner.training.batches import LikeLengths, Lines
 from neureasoner.training.checkpoints import WholeCheckpoints
 from neureasoner.training.finite import FiniteLoss
 from neureasoner.training.policy import sample
@@ -61,28 +60,19 @@ class Task:
     seed: int
 
 
-class Lines(TrainerCallback):
-    """``step 10/150  right 43%  184 tokens  2% cut off  8.2 s (sampling 4.3)  19:10 left``."""
+class PolicyLines(Lines):
+    """``step 10/150  right 43%  184 tokens  2% cut off  8.2 s (sampling 4.3)  19:10 left``; the loss of SFT."""
 
-    def __init__(self) -> None:
-        self.began, self.first = time.time(), 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.began, self.first = time.time(), state.global_step
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
-            return
-        left = (time.time() - self.began) / max(state.global_step - self.first, 1)
-        left *= state.max_steps - state.global_step
-        shown = [f"step {state.global_step}/{state.max_steps}"]
-        if "right" in logs:
-            shown += [f"right {float(logs['right']):.0%}", f"{float(logs['completions/mean_length']):.0f} tokens"]
-            shown += [f"{float(logs['completions/clipped_ratio']):.0%} cut off"]
-            shown += [f"{float(logs['step_time']):.1f} s (sampling {float(logs['sampling_time']):.1f})"]
-        else:
-            shown += [f"loss {float(logs['loss']):.3f}"]
-        print("  ".join([*shown, f"{int(left) // 60}:{int(left) % 60:02d} left"]), flush=True)
+    def shown(self, logs: Mapping[str, float]) -> list[str]:
+        """What of a log is printed; nothing of one without a loss."""
+        if not {"right", "loss"} <= set(logs):
+            return super().shown(logs)
+        return [
+            f"right {float(logs['right']):.0%}",
+            f"{float(logs['completions/mean_length']):.0f} tokens",
+            f"{float(logs['completions/clipped_ratio']):.0%} cut off",
+            f"{float(logs['step_time']):.1f} s (sampling {float(logs['sampling_time']):.1f})",
+        ]
 
 
 class Checked(FiniteLoss, WholeCheckpoints):

@@ -19,7 +19,7 @@ from neureasoner.models import fingerprint
 from neureasoner.probes.detectors.probe import Probe
 from neureasoner.probes.features import FeatureSet
 from neureasoner.steps import Separators
-from neureasoner.traces import write_rows
+from neureasoner.traces import Problem, write_rows
 
 PLAN = """
 name: test
@@ -103,3 +103,21 @@ def settings(checkpoint: Path, tmp_path: Path) -> Callable[..., EvaluateConfig]:
         return EvaluateConfig(**(fixed | changes))
 
     return make
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str, str]:
+    """Two files of one problem each that wants a program, and the level at which the sandbox holds those here."""
+    from neureasoner.errors import UserError
+    from neureasoner.evaluation.benchmarks.code import sandbox
+    from neureasoner.evaluation.benchmarks.suites import Suite, keep
+
+    monkeypatch.setenv("NEUREASONER_CACHE", str(tmp_path / "cache"))
+    try:
+        level = sandbox().containment.level
+    except UserError as e:
+        pytest.skip(str(e))
+    answer = keep(Suite((("41", "42"),), "", 0.0))
+    for name in "ab":
+        write_rows(tmp_path / f"{name}.jsonl", [Problem(name, "livecodebench", 1, f"Add {name}.", answer)])
+    return str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), level

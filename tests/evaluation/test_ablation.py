@@ -235,22 +235,10 @@ def test_bad_settings_are_named(config: Callable[..., AblateConfig], more: dict[
 
 
 def test_what_held_programs_stands_in_the_results(
-    config: Callable[..., AblateConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    config: Callable[..., AblateConfig], programs: tuple[str, str, str], capsys: Any
 ) -> None:
-    from neureasoner.evaluation.benchmarks.code import sandbox
-    from neureasoner.evaluation.benchmarks.suites import Suite, keep
-
-    monkeypatch.setenv("NEUREASONER_CACHE", str(tmp_path / "cache"))
-    try:
-        held = sandbox().containment
-    except UserError as e:
-        pytest.skip(str(e))
-    answer = keep(Suite((("41", "42"),), "", 0.0))
-    for name in "ab":
-        write_rows(tmp_path / f"{name}.jsonl", [Problem(name, "livecodebench", 1, f"Add {name}.", answer)])
-    settings = config(
-        problems=str(tmp_path / "a.jsonl"), validation=str(tmp_path / "b.jsonl"), variants={}, strengths=[0.5], gate=""
-    )
+    problems, validation, level = programs
+    settings = config(problems=problems, validation=validation, strengths=[0.5], variants={}, gate="")
     ablate(settings)
-    assert read_json(Path(settings.out) / "results.json")["sandbox"]["level"] == held.level
-    assert f"Programs ran in the sandbox at the level '{held.level}'" in capsys.readouterr().out
+    assert read_json(Path(settings.out) / "results.json")["sandbox"]["level"] == level
+    assert f"Programs ran in the sandbox at the level '{level}'" in capsys.readouterr().out

@@ -32,7 +32,7 @@ from neureasoner.inference.plan import Plan
 from neureasoner.models import fingerprint, load
 from neureasoner.probes.detectors.probe import Probe
 from neureasoner.probes.features import FeatureSet
-from neureasoner.traces import Problem, read_traces, write_rows
+from neureasoner.traces import read_traces, write_rows
 
 PARTS = ["a", "b", "c"]
 
@@ -293,27 +293,10 @@ def test_bad_settings_are_named(config: Callable[..., CombineConfig], more: dict
 
 
 def test_what_held_programs_stands_in_the_results(
-    config: Callable[..., CombineConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    config: Callable[..., CombineConfig], programs: tuple[str, str, str], capsys: Any
 ) -> None:
-    from neureasoner.evaluation.benchmarks.code import sandbox
-    from neureasoner.evaluation.benchmarks.suites import Suite, keep
-
-    monkeypatch.setenv("NEUREASONER_CACHE", str(tmp_path / "cache"))
-    try:
-        held = sandbox().containment
-    except UserError as e:
-        pytest.skip(str(e))
-    answer = keep(Suite((("41", "42"),), "", 0.0))
-    for name in "ab":
-        write_rows(tmp_path / f"{name}.jsonl", [Problem(name, "livecodebench", 1, f"Add {name}.", answer)])
-    settings = config(
-        problems=str(tmp_path / "a.jsonl"),
-        validation=str(tmp_path / "b.jsonl"),
-        variants={},
-        arms="whole",
-        parts={},
-        strengths={},
-    )
+    problems, validation, level = programs
+    settings = config(problems=problems, validation=validation, arms="whole", parts={}, strengths={}, variants={})
     combine(settings)
-    assert read_json(Path(settings.out) / "results.json")["sandbox"]["level"] == held.level
-    assert f"Programs ran in the sandbox at the level '{held.level}'" in capsys.readouterr().out
+    assert read_json(Path(settings.out) / "results.json")["sandbox"]["level"] == level
+    assert f"Programs ran in the sandbox at the level '{level}'" in capsys.readouterr().out

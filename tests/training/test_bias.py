@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from neureasoner.data_builders.problem_file import make_problems
 from neureasoner.directions import Direction
@@ -76,7 +77,7 @@ def gradient_of(
     monkeypatch.setattr(policy_trainer, "sample", fixed)
     found: dict[str, torch.Tensor] = {}
 
-    class Look(policy_trainer.TrainerCallback):
+    class Look(TrainerCallback):
         def on_pre_optimizer_step(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
             found.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
             raise Stop
