@@ -15,6 +15,7 @@ from typing import Any
 
 from neureasoner.artifacts import read_json, write_json, write_text
 from neureasoner.errors import UserError
+from neureasoner.evaluation.cells import header, interval, row
 from neureasoner.evaluation.metrics import Outcome, compare, split_by, summarise
 from neureasoner.model_files import model_files
 from neureasoner.stages import MARK, StageFolder
@@ -221,43 +222,29 @@ def _bytes(n: int | None) -> str:
     return f"{n} B"
 
 
-def _percent(value: float, interval: Sequence[float], sign: str = "") -> str:
-    low, high = interval
-    return f"{100 * value:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
-
-
 def markdown(results: Mapping[str, Any]) -> str:
     """What the arms cost, and for each temperature what they win."""
-    lines = ["| arm | trained parameters | optimiser memory | rate | updates | s per update | of it sampling |"]
-    lines += ["|---|---|---|---|---|---|---|"]
-    for name, row in results["arms"].items():
-        if row["steps"] is None:
+    lines = header("arm", "trained parameters", "optimiser memory", "rate", "updates", "s per update", "of it sampling")
+    for name, arm in results["arms"].items():
+        if arm["steps"] is None:
             continue
-        seconds = row["seconds"] or {"step": float("nan"), "sampling": float("nan")}
-        cells = [name, f"{row['trained_parameters']:,}", _bytes(row["optimizer_bytes"]), f"{row['learning_rate']:g}"]
-        cells += [str(row["steps"]), f"{seconds['step']:.1f}", f"{seconds['sampling']:.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    for temperature in results["arms"][BASE]["temperatures"]:
+        seconds = arm["seconds"] or {"step": float("nan"), "sampling": float("nan")}
+        cells = [name, f"{arm['trained_parameters']:,}", _bytes(arm["optimizer_bytes"]), f"{arm['learning_rate']:g}"]
+        lines.append(row(*cells, str(arm["steps"]), f"{seconds['step']:.1f}", f"{seconds['sampling']:.1f}"))
+    for temperature, base in results["arms"][BASE]["temperatures"].items():
         how = "greedy" if float(temperature) == 0 else f"temperature {temperature}"
-        lines += [
-            "",
-            f"{results['problems']} held-out problems, {how}; 95 % intervals and paired differences by problem:",
-        ]
-        families = list(results["arms"][BASE]["temperatures"][temperature]["families"])
-        lines += [
-            "",
-            f"| arm | accuracy, % | against base, points | mean tokens | cut off, % | {' | '.join(families)} |",
-        ]
-        lines += ["|---" * (5 + len(families)) + "|"]
-        for name, row in results["arms"].items():
-            found = row["temperatures"][temperature]
+        said = f"{results['problems']} held-out problems, {how}; 95 % intervals and paired differences by problem:"
+        families = list(base["families"])
+        heads = ("arm", "accuracy, %", "against base, points", "mean tokens", "cut off, %", *families)
+        lines += ["", said, "", *header(*heads)]
+        for name, arm in results["arms"].items():
+            found = arm["temperatures"][temperature]
             pair = found.get("against_base")
-            label = name + (f" ({row['prefix']!r})" if row["prefix"] else "")
-            cells = [label, _percent(found["accuracy"], found["accuracy_ci"])]
-            cells += [_percent(pair["accuracy_delta"], pair["accuracy_delta_ci"], "+") if pair else "–"]
+            cells = [name + (f" ({arm['prefix']!r})" if arm["prefix"] else "")]
+            cells.append(interval(found["accuracy"], found["accuracy_ci"]))
+            cells.append(interval(pair["accuracy_delta"], pair["accuracy_delta_ci"], sign="+") if pair else "–")
             cells += [f"{found['tokens_mean']:.0f}", f"{100 * found['truncated']:.1f}"]
-            cells += [f"{100 * found['families'][f]['accuracy']:.1f}" for f in families]
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append(row(*cells, *(f"{100 * found['families'][f]['accuracy']:.1f}" for f in families)))
     return "\n".join(lines) + "\n"
 
 
@@ -271,11 +258,11 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     for i, temperature in enumerate(temperatures):
         axes = figure.add_subplot(1, len(temperatures), i + 1)
         rows = [results["arms"][n]["temperatures"][temperature] for n in names]
-        for y, (name, row) in enumerate(zip(names, rows, strict=True)):
-            low, high = (100 * v for v in row["accuracy_ci"])
+        for y, (name, found) in enumerate(zip(names, rows, strict=True)):
+            low, high = (100 * v for v in found["accuracy_ci"])
             colour = "0.35" if name in (BASE, TEMPLATE, FIRST) else "C0"
             axes.plot([low, high], [y, y], color=colour, linewidth=2)
-            axes.plot([100 * row["accuracy"]], [y], "o", color=colour)
+            axes.plot([100 * found["accuracy"]], [y], "o", color=colour)
         axes.axvline(100 * rows[0]["accuracy"], color="0.7", linewidth=1, linestyle="--", zorder=0)
         axes.set(yticks=range(len(names)), yticklabels=names if i == 0 else [], ylim=(len(names) - 0.5, -0.5))
         axes.set(xlabel="right answers, %", title="greedy" if float(temperature) == 0 else f"temperature {temperature}")
