@@ -11,6 +11,8 @@ from neureasoner.evaluation.verdict import caution, comparison, headline, percen
 
 FAILURES = {"intra": "wrong step", "inter": "circles", "instance": "easy question"}
 
+UNKNOWN = "–"
+
 
 def arms_table(results: Mapping[str, Any]) -> list[str]:
     """Every arm with its intervals, and its paired difference against vanilla."""
@@ -80,7 +82,7 @@ def _area(entry: Any) -> str:
     test = entry.get("test") if isinstance(entry, Mapping) else None
     found = value_of(test.get("auroc")) if isinstance(test, Mapping) else None
     if not found or not found[1]:
-        return "–"
+        return UNKNOWN
     low, high = found[1]
     return f".{round(100 * found[0]):02d} [{low:.2f}, {high:.2f}]".replace(".100", "1.00")
 
@@ -88,19 +90,21 @@ def _area(entry: Any) -> str:
 def probes_table(results: Mapping[str, Any]) -> list[str]:
     """AUROC on unseen problems: the chosen probe, the paper's spectra, and the controls; empty where none is known."""
     lines = header("level", "shows", "chosen probe", "AUROC", "the paper's spectra", "random channels", "length only")
+    known = False
     for level, entry in results["probes"].items():
         controls = entry.get("controls", {})
+        areas = [_area(entry.get("chosen") or entry), _area(entry.get("paper"))]
+        areas += [_area(controls.get(key)) for key in ("random", "length")]
+        known = known or any(area != UNKNOWN for area in areas)
         lines.append(
             row(
                 level,
                 FAILURES.get(level, level),
                 f"{entry.get('features', '–')}, window {entry.get('window', '–')}",
-                _area(entry.get("chosen") or entry),
-                _area(entry.get("paper")),
-                *(_area(controls.get(key)) for key in ("random", "length")),
+                *areas,
             )
         )
-    return lines if any("[" in line for line in lines[2:]) else []
+    return lines if known else []
 
 
 def families_table(results: Mapping[str, Any]) -> list[str]:
