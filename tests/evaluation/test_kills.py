@@ -55,7 +55,7 @@ def kept(out: Path) -> dict[Path, tuple[int, int]]:
     return {f: (f.stat().st_ino, f.stat().st_mtime_ns) for f in files}
 
 
-def kill_and_resume(config: EvaluateConfig, folder: Path, kills: int, seed: int) -> int:
+def kill_and_resume(config: EvaluateConfig, folder: Path, parts: int, kills: int, seed: int) -> int:
     """Returns how many of the kills hit a process that was still at work."""
     straight, out = folder / "straight", folder / "killed"
     warm = FORKS.Process(target=time.sleep, args=(0,))  # the clean process's imports are no part of the work
@@ -71,7 +71,11 @@ def kill_and_resume(config: EvaluateConfig, folder: Path, kills: int, seed: int)
     before: dict[Path, tuple[int, int]] = {}
     for _ in range(kills):
         process = start(config)
-        process.join(rng.uniform(0, 1.6) * whole / kills)
+        # By what is done, not by the clock: a machine that grew faster or slower meanwhile is killed at work as well.
+        until = len(before) + rng.randint(0, parts // kills - 1)
+        while process.is_alive() and len(kept(out).keys() | before.keys()) < until:
+            time.sleep(0.002)
+        process.join(rng.uniform(0, 1.5) * whole / parts)
         if process.is_alive():
             process.kill()
             killed += 1
@@ -105,11 +109,11 @@ def work(settings: Callable[..., EvaluateConfig]) -> EvaluateConfig:
 
 
 def test_killed_three_times(work: EvaluateConfig, tmp_path: Path) -> None:
-    assert kill_and_resume(work, tmp_path, kills=3, seed=1) >= 2
+    assert kill_and_resume(work, tmp_path, parts=9, kills=3, seed=1) >= 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_twenty_times(work: EvaluateConfig, tmp_path: Path) -> None:
     # long enough that every kill finds the run at work
-    assert kill_and_resume(replace(work, samples=8), tmp_path, kills=20, seed=2) == 20
+    assert kill_and_resume(replace(work, samples=8), tmp_path, parts=72, kills=20, seed=2) == 20
