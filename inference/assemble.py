@@ -123,7 +123,7 @@ def _build(
 
     from neureasoner.directions import Direction
     from neureasoner.inference.steered import SteeredModel
-    from neureasoner.models import fingerprint, load, resolve
+    from neureasoner.models import fingerprint, load, resolve, tokenizer_fingerprint
     from neureasoner.probes.detectors.gate import FailureGate
     from neureasoner.probes.detectors.probe import Probe
 
@@ -157,6 +157,7 @@ def _build(
         "version": __version__,
         "model": config.model,
         "fingerprint": fingerprint(model),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "base": config.base,
         "base_files": file_fingerprint(model_files(config.base)) if config.base else None,
         "base_fingerprint": accept[0] if accept else "",

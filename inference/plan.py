@@ -8,6 +8,7 @@ share its budgets, cooldowns and texts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -35,8 +36,8 @@ class Plan:
     """Ordered rules.
 
     folder     where relative probe, direction and gate paths start; it is not part of the value
-    conflicts  what two rules that write one tensor site mean: ``order`` (one after the other, as they stand here) or
-               ``refuse``; without it they are refused too
+    conflicts  what two rules that write one tensor site, or bias one token's logit, mean: ``order`` (one after the
+               other, as they stand here) or ``refuse``; without it they are refused too
     """
 
     name: str
@@ -141,11 +142,27 @@ class Plan:
             for a in map(Site.parse, first):
                 for b in map(Site.parse, second):
                     if (a.kind, a.layer) == (b.kind, b.layer) and _share(a.indices, b.indices):
-                        says = "says `conflicts: refuse`" if self.conflicts else "has no policy"
                         raise UserError(
-                            f"plan {self.name}: rules {one} and {two} both write {a}, and the plan {says}; set "
+                            f"plan {self.name}: rules {one} and {two} both write {a}, and the plan {self._says}; set "
                             "`conflicts: order` to have them act one after the other, or drop one"
                         )
+
+    def check_logit_conflicts(self, biased: Mapping[str, Iterable[Any]]) -> None:
+        """Raises UserError if two rules bias one token's logit without the policy ``order`` (they add up).
+
+        ``biased``: tokens by rule, as texts or as ids.
+        """
+        for (one, first), (two, second) in combinations(biased.items(), 2):
+            both = set(first) & set(second)
+            if both and self.conflicts != "order":
+                raise UserError(
+                    f"plan {self.name}: rules {one} and {two} both bias the logit of {min(map(repr, both))}, and the "
+                    f"plan {self._says}; set `conflicts: order` to have their biases add up, or drop one"
+                )
+
+    @property
+    def _says(self) -> str:
+        return "says `conflicts: refuse`" if self.conflicts else "has no policy"
 
     def check_alive(self) -> None:
         """Raises UserError naming a rule that can never fire, as far as the plan alone tells."""
@@ -174,6 +191,7 @@ class Plan:
         plan = cls(str(value["name"]), built, Path(folder), value.get("conflicts"))
         try:
             plan.check_conflicts({r.name: [s for s in r.site if wild_kind(s) is None] for r in built})
+            plan.check_logit_conflicts({r.name: r.action.add_logits or () for r in built})
             plan.check_alive()
         except UserError as e:
             raise UserError(f"{where}: {e}") from None
@@ -215,6 +233,17 @@ def _first(rule: Rule) -> int | None:
     return (t.at_step or max(1, t.min_steps)) if rule.source == "always" else None
 
 
+def _closed_by(rule: Rule) -> tuple[float, float]:
+    """After how many steps, and response tokens, a rule left to itself has closed the thinking; infinite: it may not."""
+    t, steps, tokens = rule.trigger, math.inf, math.inf
+    if THINK_CLOSE in (rule.action.force or ""):
+        first = _first(rule)
+        steps = math.inf if first is None else first
+        if rule.source == "always" and t.immediate and not (t.gate or t.max == 0 or t.consecutive > 1 or t.min_steps):
+            tokens = max(1, t.min_tokens)
+    return steps, tokens
+
+
 def _shadows(first: Rule, rule: Rule) -> bool:
     """Whether ``first``, evaluated before, forces its text at every step at which ``rule`` could."""
     a, b = first.trigger, rule.trigger
@@ -224,6 +253,10 @@ def _shadows(first: Rule, rule: Rule) -> bool:
         return False
     least = all(getattr(a, key) <= getattr(b, key) for key in ("min_steps", "min_tokens", "cooldown"))
     return least and (a.immediate or not b.immediate)
+
+
+def _count(n: float, noun: str) -> str:
+    return f"{n:.0f} {noun}{'s' * (n != 1)}"
 
 
 def _dead(rule: Rule, rules: tuple[Rule, ...]) -> str:
@@ -238,6 +271,13 @@ def _dead(rule: Rule, rules: tuple[Rule, ...]) -> str:
     if t.at_step is not None and t.min_steps > t.at_step:
         return f"at_step is {t.at_step}, before min_steps {t.min_steps}; remove min_steps"
     for other in rules:
+        steps, tokens = _closed_by(other)
+        alone = not any(r.forces for r in rules if r is not other and r is not rule)  # else one may come in between
+        if other is not rule and rule.evaluated and alone:
+            if max(t.min_steps, t.at_step or 0) > steps:
+                return f"rule {other.name} closes the thinking after {_count(steps, 'step')}, and it waits for more"
+            if t.min_tokens > tokens:
+                return f"rule {other.name} closes the thinking after {_count(tokens, 'token')}, and it waits for more"
         first = _first(other)
         if other is rule or first is None:
             continue

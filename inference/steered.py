@@ -91,11 +91,28 @@ def _check_reachable(plan: Plan, probes: Mapping[str, Any]) -> None:
     """Raises UserError for a threshold that no probability exceeds (a decision rule's statistic may)."""
     for rule in plan.rules:
         t = rule.trigger
-        if t.probe is not None and t.threshold is not None and t.threshold >= 1 and probes[t.probe].rule is None:
+        if t.probe is None or probes[t.probe].rule is not None:
+            continue
+        threshold = probes[t.probe].threshold if t.threshold is None else t.threshold
+        if threshold >= 1:
+            own = "its own" if t.threshold is None else "the"
             raise UserError(
                 f"plan {plan.name}, rule {rule.name} can never fire: the score of {t.probe} is a probability, never "
-                f"above threshold {t.threshold}; lower it"
+                f"above {own} threshold {threshold}; set a lower `threshold` in the trigger"
             )
+
+
+def _check_tokenizer(folder: Path, card: Mapping[str, Any], tokenizer: Any) -> None:
+    """Raises UserError for a tokenizer that is not the one the checkpoint was assembled with: the ids of its texts
+    would mean other tokens, and nothing else would notice."""
+    from neureasoner.models import tokenizer_fingerprint
+
+    expected = card.get("tokenizer_fingerprint")
+    if expected and expected != tokenizer_fingerprint(tokenizer):
+        raise UserError(
+            f"{folder}: its tokenizer is not the one that it was assembled with (other ids for the same tokens); put "
+            "that back, or run `neureasoner assemble` again from the model it belongs to"
+        )
 
 
 def unknown_oracles(plan: Plan) -> dict[str, Oracle]:
@@ -124,6 +141,7 @@ class SteeredModel:
         self.model, self.tokenizer, self.plan = model, tokenizer, plan
         self.accept = list(accept)
         self.probes = load_probes(plan, probes)
+        _check_reachable(plan, self.probes)
         self.directions, self.gates = load_directions(plan, directions), load_gates(plan, gates)
         for origin in (*self.probes.values(), *self.gates.values()):  # once: hashing a large model takes a while
             if origin.model_fingerprint not in self.accept:
@@ -144,7 +162,7 @@ class SteeredModel:
 
         Raises UserError naming a missing file, a missing trigger token, or a probe of another model.
         """
-        from neureasoner.models import load, resolve
+        from neureasoner.models import load, load_tokenizer, resolve
 
         folder = Path(resolve(str(folder)))
         if plan is None:
@@ -156,8 +174,9 @@ class SteeredModel:
         # small files first: a model that takes minutes to load is not loaded for a plan that lacks one
         probes, directions, gates = load_probes(plan), load_directions(plan), load_gates(plan)
         _check_reachable(plan, probes)
-        model, tokenizer = load(str(folder), device=device, dtype=dtype)
         card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
+        _check_tokenizer(folder, card, load_tokenizer(str(folder)))
+        model, tokenizer = load(str(folder), device=device, dtype=dtype)
         accept = [card["base_fingerprint"]] if card.get("base_fingerprint") else []
         steered = cls(model, tokenizer, plan, probes, accept, directions, gates)
         steered.card = card

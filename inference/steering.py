@@ -114,6 +114,7 @@ class Steering:
             except UserError as e:
                 raise UserError(f"{where}: {e}") from None
         plan.check_conflicts({k: v for k, v in written.items() if v})
+        plan.check_logit_conflicts({k: bias.nonzero().flatten().tolist() for k, bias in self.biases.items()})
 
     def _compile(self, rule: Rule, direction: Direction | None, tokenizer: Any) -> None:
         if rule.source == "boundary" and CLOSED not in self.separators.table[1]:

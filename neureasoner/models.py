@@ -13,7 +13,7 @@ from neureasoner.sites import SUPPORTED, Layout
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["default_device", "fingerprint", "load", "load_tokenizer", "model_files", "resolve"]
+__all__ = ["default_device", "fingerprint", "load", "load_tokenizer", "model_files", "resolve", "tokenizer_fingerprint"]
 
 SAMPLE = 64  # values of each parameter that enter the fingerprint
 
@@ -77,6 +77,11 @@ def load(name: str, device: Any = None, dtype: Any = None) -> tuple[Any, Any]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Content hash of which id every token has."""
+    return hash_of(tokenizer.get_vocab())
 
 
 def fingerprint(model: Any) -> str:

@@ -8,6 +8,7 @@ Legend: ``A`` arms, ``R`` repeats, ``B`` batches.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from neureasoner.traces import read_problems
 
 PLAIN, WATCHED, FREE = "plain", "watched", "free"
 ARMS = (PLAIN, WATCHED, FREE)
+ALMOST_ONE = math.nextafter(1.0, 0.0)  # 1 itself is refused, of a rule that is meant to fire
 
 
 def silent(plan: Plan) -> Plan:
@@ -40,7 +42,7 @@ def silent(plan: Plan) -> Plan:
     names = [r.name for r in plan.rules if r.trigger.probe is not None]
     if not names:
         raise UserError(f"plan {plan.name}: no rule has a probe, so there is no watching to time")
-    return plan.select(names).replace_triggers({name: {"threshold": 1.0} for name in names})
+    return plan.select(names).replace_triggers({name: {"threshold": ALMOST_ONE} for name in names})
 
 
 def timed(run: Callable[[str, int], Sequence[Any]], batches: int, repeats: int, advance: Callable[[], None]) -> Any:

@@ -18,6 +18,7 @@ import torch
 from neureasoner.artifacts import fingerprint
 from neureasoner.errors import UserError
 from neureasoner.models import fingerprint as model_fingerprint
+from neureasoner.models import tokenizer_fingerprint
 from neureasoner.probes.recording.store import SeriesStore
 from neureasoner.sites import Layout, Site, read_sites
 from neureasoner.traces import Trace
@@ -184,12 +185,11 @@ def record_to(
     from neureasoner.progress import Progress
 
     layout, names = Layout.of(model), _names(model, sites)
-    vocabulary = fingerprint(tokenizer.get_vocab())
     store = SeriesStore.create(
         folder,
         {name: layout.width(name) for name in names},
         model_fingerprint=model_fingerprint(model),
-        tokenizer_fingerprint=vocabulary,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         dtype=dtype,
     )
     keys: dict[str, str] = {}

@@ -156,6 +156,7 @@ def test_a_bad_rule_is_refused_by_name(tmp_path, rule, message):
 
 
 FORCE = "action: {force: x}"
+BUDGET = "trigger: {always: true, immediate: true"
 
 
 @pytest.mark.parametrize(
@@ -178,6 +179,20 @@ FORCE = "action: {force: x}"
         (
             [f"trigger: {{always: true, max: null}}, {FORCE}", f"trigger: {{probe: p, min_steps: 2}}, {FORCE}"],
             "r1 can never fire: rule r0 forces its text wherever this one is evaluated, and comes first",
+        ),
+        (
+            [
+                "trigger: {always: true, at_step: 1}, action: {force: </think>}",
+                f"trigger: {{oracle: o, min_steps: 3}}, {FORCE}",
+            ],
+            "r1 can never fire: rule r0 closes the thinking after 1 step, and it waits for more",
+        ),
+        (
+            [
+                f"{BUDGET}, min_tokens: 10}}, action: {{force: </think>}}",
+                f"trigger: {{random: 0.5, min_tokens: 500}}, {FORCE}",
+            ],
+            "r1 can never fire: rule r0 closes the thinking after 10 tokens",
         ),
         ([f"trigger: {{probe: p, threshold: .nan}}, {FORCE}"], "threshold is not a number"),
         (["trigger: {always: true}, site: residual:0, action: {set: .nan}"], "need finite numbers"),
@@ -204,6 +219,27 @@ def test_rules_that_may_fire_are_kept(tmp_path):
     rows = [f"{{name: r{i}, {row}}}" for i, row in enumerate(rows)]
     (tmp_path / "plan.yaml").write_text(f"name: x\nrules: [{', '.join(rows)}]")
     assert len(Plan.load(tmp_path).rules) == 7
+    rows = [  # the second may come before the first, which is then not evaluated, and the third goes on
+        "{name: a, trigger: {always: true, at_step: 1}, action: {force: </think>}}",
+        f"{{name: b, trigger: {{probe: p, immediate: true}}, {FORCE}}}",
+        f"{{name: c, trigger: {{oracle: o, min_steps: 3}}, {FORCE}}}",
+    ]
+    (tmp_path / "plan.yaml").write_text(f"name: x\nrules: [{', '.join(rows)}]")
+    assert len(Plan.load(tmp_path).rules) == 3
+
+
+def test_two_biases_of_one_logit_need_a_policy(tmp_path):
+    def plan(a: str, b: str, policy: str = "") -> Plan:
+        rows = [f"{{name: r{i}, trigger: {{always: true}}, action: {{add_logits: {x}}}}}" for i, x in enumerate((a, b))]
+        (tmp_path / "plan.yaml").write_text(f"name: x\n{policy}\nrules: [{', '.join(rows)}]")
+        return Plan.load(tmp_path)
+
+    with pytest.raises(UserError, match=r"rules r0 and r1 both bias the logit of 'Wait', and the plan has no policy"):
+        plan("{Wait: -1, So: 1}", "{Wait: -2}")
+    with pytest.raises(UserError, match="the plan says `conflicts: refuse`"):
+        plan("{Wait: -1}", "{Wait: -2}", "conflicts: refuse")
+    assert plan("{Wait: -1}", "{Wait: -2}", "conflicts: order").conflicts == "order"
+    assert len(plan("{Wait: -1}", "{So: -2}").rules) == 2
 
 
 def test_two_rules_at_one_site_need_a_policy(tmp_path):

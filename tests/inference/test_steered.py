@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -116,7 +117,7 @@ def test_steered_generation_online_scores_equal_offline_scores(checkpoint, rule)
     """The probe gives the same number while decoding as on the finished trace, and so does its decision rule."""
     steered = SteeredModel.from_pretrained(checkpoint, device="cpu")
     assert steered.plan.rule("instance").trigger.at_step == 2
-    plan = steered.plan.select(["intra"]).replace_triggers({"intra": {"threshold": 2.0}})
+    plan = steered.plan.select(["intra"]).replace_triggers({"intra": {"threshold": math.nextafter(1.0, 0.0)}})
     quiet = steered.with_plan(plan)
     quiet.probes["probes/intra"].rule = rule
     sites = ["logits", "residual:0"]
@@ -335,6 +336,28 @@ def test_a_threshold_no_probability_exceeds_is_refused(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     plan.replace_triggers({name: {"threshold": 1.0}}).save(folder / "plan.yaml")
     with pytest.raises(UserError, match=f"rule {name} can never fire: the score of .* is a probability"):
+        SteeredModel.from_pretrained(folder)
+
+
+def test_a_probes_own_threshold_of_one_is_refused(checkpoint):
+    steered = SteeredModel.from_pretrained(checkpoint, device="cpu")
+    name = next(r.name for r in steered.plan.rules if r.trigger.probe is not None)
+    with pytest.raises(UserError, match=f"rule {name} can never fire: .* never above the threshold 1.5"):
+        steered.with_plan(steered.plan.replace_triggers({name: {"threshold": 1.5}}))
+    probe = steered.probes[steered.plan.rule(name).trigger.probe]
+    probe.threshold = 1.0
+    with pytest.raises(UserError, match=f"rule {name} can never fire: .* never above its own threshold 1.0"):
+        steered.with_plan(steered.plan)
+
+
+def test_the_tokenizer_of_another_model_is_refused(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["e"] = vocab["e"], vocab["a"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="its tokenizer is not the one that it was assembled with"):
         SteeredModel.from_pretrained(folder)
 
 

@@ -73,7 +73,7 @@ def test_other_tokens_are_refused() -> None:
 
 def test_silent_keeps_the_watching_and_no_action(checkpoint: Path) -> None:
     plan = silent(Plan.load(checkpoint / "model"))
-    assert plan.names == ["instance", "inter", "intra"] and {r.trigger.threshold for r in plan.rules} == {1.0}
+    assert plan.names == ["instance", "inter", "intra"] and all(0.99 < r.trigger.threshold < 1 for r in plan.rules)
     with pytest.raises(UserError, match="no rule has a probe"):
         silent(
             Plan.from_dict(
