@@ -234,7 +234,7 @@ def _first(rule: Rule) -> int | None:
 
 
 def _closed_by(rule: Rule) -> tuple[float, float]:
-    """After how many steps, and response tokens, a rule left to itself has closed the thinking; infinite: it may not."""
+    """After how many steps, and response tokens, a rule left alone has closed the thinking; infinite: it may not."""
     t, steps, tokens = rule.trigger, math.inf, math.inf
     if THINK_CLOSE in (rule.action.force or ""):
         first = _first(rule)

@@ -151,7 +151,7 @@ def build(config: BiasConfig, rate: float, steps: int, folder: Path, reward: Any
     from neureasoner.training import policy_trainer as trainers
     from neureasoner.training.finite import Guard
     from neureasoner.training.policy_measure import prompt_of
-    from neureasoner.training.rewards import coin, verified
+    from neureasoner.training.rewards import named
     from neureasoner.training.vectors import BiasVectors
 
     disable_progress_bar()
@@ -180,7 +180,7 @@ def build(config: BiasConfig, rate: float, steps: int, folder: Path, reward: Any
     if config.objective == "sft":
         trainer: Any = trainers.PlainTrainer(train_dataset=Dataset.from_list(sft_rows), **common)
     else:
-        chosen = reward or (coin() if config.reward == "random" else verified(config.answer))
+        chosen = reward or named(config.reward, config.answer)
         rows = [{"prompt": prompt_of(tokenizer, p, config.template), "row": i} for i, p in enumerate(problems)]
         kind = trainers.RlooTrainer if config.objective == "rloo" else trainers.GrpoTrainer
         holder: list[Any] = []  # the trainer wants its reward function before there is a trainer
@@ -259,6 +259,8 @@ def _folder(out: Path, rate: float) -> Path:
 
 def train_bias(config: BiasConfig, reward: Any = None) -> dict[str, Any]:
     """Stage ``training bias``. Returns the summary of ``stage.json``. ``reward``: a ``rewards.Reward`` of your own."""
+    from neureasoner.training.rewards import check_reward, named
+
     given = [config.problems, config.traces, config.validation]
     given += [str(Path(config.rate_of) / MARK)] if config.rate_of else []
     inputs: list[str | Path] = [*[p for p in given if p], *model_files(config.model)]
@@ -267,7 +269,9 @@ def train_bias(config: BiasConfig, reward: Any = None) -> dict[str, Any]:
         return folder.summary
     out = folder.path
     try:
-        _, held = _problems(config)
+        problems, held = _problems(config)
+        if config.objective != "sft" and (reward or ":" in config.reward):
+            check_reward(reward or named(config.reward), problems, config.answer)
 
         def trial(rate: float, where: Path) -> float:
             return _accuracy(config, train(config, rate, config.trial_steps, where, reward), held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -10,11 +11,15 @@ from neureasoner.errors import UserError
 ARMS = ("vectors", "lora", "full")
 RATES = {"vectors": 1e-3, "lora": 1e-4, "full": 1e-6}
 OBJECTIVES = ("rloo", "grpo", "sft")
-REWARDS = ("verified", "random")
+REWARDS = ("verified", "random")  # or MODULE:FUNCTION
 ANSWERS = ("boxed", "tagged")
 SCALES = ("none", "group", "batch")
 LOSSES = ("dapo", "grpo")
 QUESTION = "{question}"
+REWARD_HELP = (
+    "verified (±1), random (±1 by a coin; the control), or your own as MODULE:FUNCTION, an importable "
+    "f(problem, response text, did it end by itself) -> number"
+)
 _KIND = re.compile(r"[a-z_]+:\d+")
 
 
@@ -51,7 +56,7 @@ class BiasConfig:
     traces: str = field(default="", metadata={"help": "traces.jsonl to train on (sft); its right, finished ones count"})
     arm: str = field(default="vectors", metadata={"help": "vectors, lora (on down_proj), or full"})
     objective: str = field(default="rloo", metadata={"help": "rloo (core.md §4.2), grpo, or sft"})
-    reward: str = field(default="verified", metadata={"help": "verified (±1), or random (±1 by a coin; the control)"})
+    reward: str = field(default="verified", metadata={"help": REWARD_HELP})
     answer: str = field(default="boxed", metadata={"help": "where the answer stands: boxed, or tagged (<answer>)"})
     template: str = field(default=QUESTION, metadata={"help": "text of the user's turn; {question} is filled in"})
     kinds: list[str] = field(
@@ -91,7 +96,9 @@ class BiasConfig:
     seed: int = field(default=0, metadata={"help": "seed of the order of problems and of the samples"})
 
     def __post_init__(self) -> None:
-        _one_of(self, arm=ARMS, objective=OBJECTIVES, reward=REWARDS, answer=ANSWERS)
+        _one_of(self, arm=ARMS, objective=OBJECTIVES, answer=ANSWERS)
+        if ":" not in self.reward:
+            _one_of(self, reward=REWARDS)
         _one_of(self, scale_rewards=SCALES, loss_type=LOSSES)
         _at_least(self, steps=1, prompts=1, samples=1, max_new_tokens=1, trial_steps=1, validation_samples=1)
         _at_least(self, micro_batch=1, lora_rank=1, save_steps=1, beta=0, seed=0)
@@ -113,8 +120,8 @@ class BiasConfig:
         if self.max_grad_norm <= 0:
             raise UserError(f"key 'max_grad_norm' must be above 0, got {self.max_grad_norm}")
         self.learning_rate = self.learning_rate or [RATES[self.arm]]
-        if min(self.learning_rate) <= 0:
-            raise UserError(f"key 'learning_rate' must hold numbers above 0, got {self.learning_rate}")
+        if not all(0 < rate < math.inf for rate in self.learning_rate):
+            raise UserError(f"key 'learning_rate' must hold finite numbers above 0, got {self.learning_rate}")
         if len(set(self.learning_rate)) > 1 and not self.validation and not self.rate_of:
             raise UserError("key 'validation' is missing: several learning rates are chosen from on its problems")
         if len(set(self.learning_rate)) > 1 and self.trial_steps > self.steps:

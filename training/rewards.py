@@ -9,8 +9,10 @@ A right answer is what the problem's own scorer says (embedded families), or mat
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 
@@ -48,6 +50,23 @@ def coin() -> Reward:
     return lambda *_: RIGHT if int(torch.randint(0, 2, ())) else WRONG
 
 
+def named(name: str, form: str = "boxed") -> Reward:
+    """``verified``, ``random``, or ``MODULE:FUNCTION``, imported. Raises UserError for one that cannot be had."""
+    if ":" not in name:
+        return coin() if name == "random" else verified(form)
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except Exception as e:  # whatever the module does when it is imported
+        raise UserError(
+            f"key 'reward': {name} cannot be imported ({type(e).__name__}: {e}); a file of the current folder "
+            "needs PYTHONPATH=."
+        ) from e
+    if not callable(found):
+        raise UserError(f"key 'reward': {name} is no function")
+    return cast(Reward, found)
+
+
 def scored(
     reward: Reward, problems: Sequence[Problem], responses: Sequence[str], finished: Sequence[bool]
 ) -> list[float]:
@@ -69,11 +88,19 @@ def scored(
     return values
 
 
+def _gold(problem: Problem, form: str) -> str:
+    return f"<answer>{problem.answer}</answer>" if form == "tagged" else f"\\boxed{{{problem.answer}}}"
+
+
+def check_reward(reward: Reward, problems: Sequence[Problem], form: str = "boxed") -> None:
+    """Ask ``reward`` of a gold answer, and of nothing, to the first problem. Raises UserError where it throws."""
+    scored(reward, [*problems[:1]] * 2, [_gold(problems[0], form), ""], [True, False])
+
+
 def check_gold(problems: Sequence[Problem], form: str = "boxed") -> None:
     """Give every problem its own gold answer as response. Raises UserError for one that this would not reward."""
     for problem in problems:
-        gold = f"<answer>{problem.answer}</answer>" if form == "tagged" else f"\\boxed{{{problem.answer}}}"
-        (value,) = scored(verified(form), [problem], [gold], [True])
+        (value,) = scored(verified(form), [problem], [_gold(problem, form)], [True])
         if value != RIGHT:
             raise UserError(
                 f"problem '{problem.id}': its own answer {problem.answer!r} would not be rewarded; correct the "

@@ -152,7 +152,7 @@ def rcn(config: RcnConfig) -> dict[str, Any]:
 
     ``directions/full`` is the same neurons as a Direction; beside it are its ablation variants.
     """
-    from neureasoner.models import fingerprint, load
+    from neureasoner.models import fingerprint, load, load_tokenizer
     from neureasoner.probes.directions.critical import critical_directions
     from neureasoner.progress import Progress
 
@@ -164,8 +164,8 @@ def rcn(config: RcnConfig) -> dict[str, Any]:
         labels_of(t)
     split = split_problems(traces, config.validation, config.test, config.seed)
     train = [t for t in traces if split[t.problem.id] == "train"]
-    model, tokenizer = load(config.model)
-    found, rows = contrast_rows(train, tokenizer, config)
+    found, rows = contrast_rows(train, load_tokenizer(config.model), config)  # before the model, which may take minutes
+    model, _ = load(config.model)
     problems, question = np.unique([t.problem.id for t in found], return_inverse=True)
     right = np.array([labels_of(t).correct for t in found])
     with Progress() as bar:

@@ -22,6 +22,7 @@ from neureasoner.probes.directions.config import DirectionsConfig
 from neureasoner.probes.directions.estimators import (
     Estimate,
     Subspace,
+    enough,
     mean_difference,
     pca_difference,
     relative_difference,
@@ -85,7 +86,7 @@ def sizes_of(layout: Layout) -> dict[str, int]:
 
 def directions(config: DirectionsConfig) -> dict[str, Any]:
     """Stage ``probes directions``. Writes ``direction.safetensors`` and ``direction.json``."""
-    from neureasoner.models import fingerprint, load
+    from neureasoner.models import fingerprint, load, load_tokenizer
     from neureasoner.progress import Progress
 
     removed = [Path(f) / INFO_FILE for f in config.remove]
@@ -96,15 +97,17 @@ def directions(config: DirectionsConfig) -> dict[str, Any]:
     traces = read_traces(config.traces)
     for t in traces if config.contrast != "thoughts" else ():  # keywords need no judge
         labels_of(t)
-    model, tokenizer = load(config.model)
-    layout = Layout.of(model)
-    sites = sites_of(layout, config.sites, ranked=config.estimator == "relative")
-    remove = subspace(config.remove, sites)
     paired = config.paired
     if paired is None:
         paired = config.contrast != "thoughts" and config.estimator != "relative"
     paired = paired or config.estimator == "pca"
-    train, held = _parts(traces, tokenizer, config)
+    # what there is to compare is counted first: the model may take minutes to load, and the traces hours to read
+    train, held = _parts(traces, load_tokenizer(config.model), config)
+    enough(_counts(train, paired), config.least_problems)
+    model, _ = load(config.model)
+    layout = Layout.of(model)
+    sites = sites_of(layout, config.sites, ranked=config.estimator == "relative")
+    remove = subspace(config.remove, sites)
     with Progress() as bar:
         task = bar.add_task("reading traces", total=len(train) + len(held))
         found = estimate(
@@ -156,6 +159,16 @@ def _parts(traces: Sequence[Trace], tokenizer: Any, config: DirectionsConfig) ->
         )
     used = set(np.random.default_rng([config.seed, 3]).permutation(ids)[: config.problems or None].tolist())
     return [s for s in train if s.problem in used], held
+
+
+def _counts(states: Sequence[States], paired: bool) -> dict[str, int]:
+    """What the estimators need enough of."""
+    sides = [(s.problem, side) for s in states for side in s.sides]
+    if paired:
+        positive, negative = ({p for p, side in sides if side is wanted} for wanted in (True, False))
+        return {"problems with both sides": len(positive & negative)}
+    positives = sum(side for _, side in sides)
+    return {"positive states": positives, "negative states": len(sides) - positives}
 
 
 def _report(s: dict[str, Any]) -> list[str]:

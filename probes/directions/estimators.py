@@ -123,13 +123,13 @@ def mean_difference(
             n += 1
             for site, d in difference.items():
                 total[site] = total.get(site, 0.0) + d
-        _enough({"problems with both sides": n}, least)
+        enough({"problems with both sides": n}, least)
         values = {site: d / n for site, d in total.items()}
         info = watch.info("paired mean difference", problems=n)
     else:
         for _ in watch:
             pass
-        _enough({"positive states": watch.counts[1], "negative states": watch.counts[0]}, least)
+        enough({"positive states": watch.counts[1], "negative states": watch.counts[0]}, least)
         values = {s: watch.sides[1][s].mean - watch.sides[0][s].mean for s in watch.all}
         info = watch.info("mean difference")
     return Estimate(_without(values, remove), info)
@@ -147,7 +147,7 @@ def pca_difference(examples: Iterable[Example], remove: Subspace | None = None, 
     for difference in _pairs(watch):
         for site, d in difference.items():
             rows.setdefault(site, []).append(d)
-    _enough({"problems with both sides": len(next(iter(rows.values()), []))}, least)
+    enough({"problems with both sides": len(next(iter(rows.values()), []))}, least)
     values, told = {}, {}
     for site, differences in rows.items():
         table = np.stack([_project(d, site, remove) for d in differences])
@@ -176,7 +176,7 @@ def relative_difference(examples: Iterable[Example], top_k: int, least: int = 2)
     watch = Watch(examples)
     for _ in watch:
         pass
-    _enough({"positive states": watch.counts[1], "negative states": watch.counts[0]}, least)
+    enough({"positive states": watch.counts[1], "negative states": watch.counts[0]}, least)
     sites = sorted((Site.parse(s) for s in watch.all), key=lambda s: s.layer or 0)
     for site in sites:
         if site.kind != "neuron" or site.indices is not None:
@@ -217,7 +217,8 @@ def _pairs(examples: Iterable[Example]) -> Iterator[dict[str, np.ndarray]]:
             yield {site: sides[1][site].mean - sides[0][site].mean for site in sides[1]}
 
 
-def _enough(counts: Mapping[str, int], least: int) -> None:
+def enough(counts: Mapping[str, int], least: int) -> None:
+    """Raises UserError for a count below ``least``."""
     for what, n in counts.items():
         if n < least:
             raise UserError(f"{n} {what}, {least} are needed; sample more traces, or lower least_problems")

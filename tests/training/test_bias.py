@@ -329,8 +329,17 @@ def test_numbers_that_are_none_stop_the_run(
     def broken(*_: Any) -> float:
         raise RuntimeError("no answer")
 
+    with monkeypatch.context() as m:
+        m.setattr("neureasoner.models.load", lambda *_, **__: pytest.fail("the model was loaded before"))
+        with pytest.raises(UserError, match=r"failed on problem 'arithmetic-train-1-\d': RuntimeError: no answer"):
+            bias.train_bias(config(), reward=broken)
+    assert not list((tmp_path / "out").glob("*")), "nothing was made, so other settings may use the folder"
+
+    def later(problem: Any, response: str, finished: bool) -> float:
+        return 1.0 if not response or "boxed" in response else broken()
+
     with pytest.raises(UserError, match=r"failed on problem 'arithmetic-train-1-\d': RuntimeError: no answer"):
-        bias.train_bias(config(), reward=broken)
+        bias.train_bias(config(), reward=later)
     assert not (tmp_path / "out" / "direction").exists()
 
     def infinite(self: Any, model: Any, inputs: Any) -> torch.Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from neureasoner.data_builders.problem_file import make_problems
 from neureasoner.errors import UserError
 from neureasoner.traces import Problem
-from neureasoner.training.rewards import check_gold, coin, given_answer, is_right, scored, verified
+from neureasoner.training.rewards import check_gold, coin, given_answer, is_right, named, scored, verified
 
 SUM = Problem("s", "arithmetic", 1, "Calculate 3 + 4 * 2.", "11")
 ALGEBRA = Problem("a", "math", 1, "Halve one.", "\\frac{1}{2}")
@@ -74,6 +76,21 @@ def test_a_reward_that_throws_or_gives_no_number_is_named() -> None:
         scored(lambda *_: float("nan"), [SUM], ["Hm"], [True])
     with pytest.raises(UserError, match="failed on problem 's': TypeError"):
         scored(lambda *_: None, [SUM], ["Hm"], [True])  # type: ignore[arg-type,return-value]
+
+
+def test_a_reward_of_ones_own_is_imported_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_reward.py").write_text(
+        "NUMBER = 3\ndef f(problem, response, finished):\n    return len(response)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert named("own_reward:f")(SUM, "four", True) == 4.0
+    assert named("verified")(SUM, "</think>\\boxed{11}", True) == 1.0
+    with pytest.raises(UserError, match=r"own_reward:g cannot be imported \(AttributeError.*PYTHONPATH=\."):
+        named("own_reward:g")
+    with pytest.raises(UserError, match="nowhere_to_be_found:f cannot be imported"):
+        named("nowhere_to_be_found:f")
+    with pytest.raises(UserError, match="own_reward:NUMBER is no function"):
+        named("own_reward:NUMBER")
 
 
 def test_gold_that_would_not_be_rewarded_is_named() -> None:

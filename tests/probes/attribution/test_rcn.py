@@ -361,7 +361,8 @@ def test_labels_without_meaning_are_called_chance(make_model, tiny_tokenizer, tm
     assert "may be chance" in capsys.readouterr().out
 
 
-def test_too_few_contrast_problems(work, tiny_tokenizer, tmp_path):
+def test_too_few_contrast_problems(work, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("neureasoner.models.load", lambda *_, **__: pytest.fail("the model was loaded before"))
     traces = make_traces(tiny_tokenizer)
     for t in traces[8:]:
         t.labels.correct = True

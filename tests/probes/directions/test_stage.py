@@ -145,6 +145,27 @@ def test_labels_without_meaning_are_called_so(root: Path, tiny_tokenizer: Any, t
     assert summary["warnings"] and "no site tells the sides apart" in capsys.readouterr().out
 
 
+def test_too_little_data_is_told_before_a_model_is_loaded(
+    root: Path, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neureasoner.models.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    traces = make_traces(tiny_tokenizer)
+    for t in traces:
+        assert t.labels is not None
+        t.labels.correct = True
+    write_rows(tmp_path / "a.jsonl", traces)
+    given = {"traces": str(tmp_path / "a.jsonl")}
+    for more, message in (
+        ({}, "0 problems with both sides"),
+        ({"estimator": "pca"}, "0 problems with both sides"),
+        ({"paired": False}, "0 negative states"),
+        ({"estimator": "relative", "sites": ["neuron:*"]}, "0 negative states"),
+        ({"contrast": "thoughts", "reflection": ["never"], "transition": ["never"]}, "0 negative states"),
+    ):
+        with pytest.raises(UserError, match=f"{message}, 8 are needed"):
+            directions(stage(root, "early", **given, **more))
+
+
 def test_too_little_data_and_no_labels(root: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
     traces = make_traces(tiny_tokenizer)
     for t in traces:
