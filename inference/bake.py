@@ -49,9 +49,9 @@ def refusal(rule: Rule, writes: Sequence[Write]) -> str:
     if rule.source != "always" or rule.trigger.gate is not None:
         when = rule.source if rule.trigger.gate is None else f"gate {rule.trigger.gate}"
         return f"its trigger is {when}, and weights act at every position of every question; only `always` can be baked"
-    if strength.schedule or strength.per_row or strength.relative:
-        what = "schedule" if strength.schedule else "per_row" if strength.per_row else "relative"
-        return f"its strength is not a constant ({what})"
+    varying = [k for k in ("schedule", "per_row", "draw", "relative") if getattr(strength, k)]
+    if varying:
+        return f"its strength is not a constant ({varying[0]})"
     if kind == "add_keep_norm":
         return "add_keep_norm is not linear in what it edits"
     places = {w.place.kind for w in writes}

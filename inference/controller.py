@@ -281,7 +281,8 @@ class Watch(LogitsProcessor):
     def _act(self) -> None:
         """Evaluate every due rule on every row. Of the forced texts, per row the first that fires wins, the others are
         logged; tensor rules that fire begin to act."""
-        if not any(row.closed or rule.trigger.immediate for row in self.rows for rule in self.controller.plan.rules):
+        triggers = [rule.trigger for rule in self.controller.plan.rules]
+        if not any(row.closed for row in self.rows) and not any(t.immediate or t.every for t in triggers):
             return
         fired: dict[int, list[tuple[Rule, float, float]]] = {}
         for rule in self.controller.plan.rules:
@@ -306,10 +307,10 @@ class Watch(LogitsProcessor):
         """A tensor rule fired in a row. One of strength 0 has no run and is only logged."""
         run, state = self.run, self.rows[row]
         acts = run is not None and rule in run.rules
-        event = state.log(rule, score, threshold, False, run.strength(rule, row) if run is not None and acts else 0.0)
         if run is not None and acts:
-            run.begin(rule, row, event)
+            run.begin(rule, row, score, threshold)
         else:
+            state.log(rule, score, threshold, False, 0.0)
             state.fired[rule.name] += 1
 
     def _scores(self, rule: Rule, due: list[int]) -> list[tuple[int, float, float]]:

@@ -26,6 +26,16 @@ def _each(plan: Plan, kind: str, change: Any) -> Plan:
     return replace(plan, name=f"{plan.name}, {kind}", rules=tuple(change(rule) for rule in plan.rules))
 
 
+def _paced(rule: Rule) -> bool:
+    """Whether it acts at some thinking tokens, by what they are. Raises UserError for one that also does in answers."""
+    if rule.source == "tokens" and rule.trigger.phase != "think":
+        raise UserError(
+            f"rule {rule.name} acts at tokens of the answer too, where no coin is thrown; set `phase: think` in its "
+            "trigger"
+        )
+    return rule.source in ("boundary", "tokens")
+
+
 def no_op(plan: Plan) -> Plan:
     """Every rule watched and none acting: strengths are 0, texts are never forced. Equals plain generation."""
 
@@ -74,7 +84,8 @@ def random_trigger(plan: Plan, rates: Mapping[str, float]) -> Plan:
     """The same plan with its alarms pulled by a coin at the rates of ``measured_rates``.
 
     Probe, oracle and random rules are evaluated where they were, within their budgets and cooldowns; a gate becomes a
-    coin for each row; a boundary rule acts on any thinking token. Rules that act everywhere stay.
+    coin for each row; a rule at boundaries, or at chosen tokens of the thinking, acts on any thinking token. Rules that
+    act everywhere stay.
     """
 
     def coin(rule: Rule) -> dict[str, Any]:
@@ -82,8 +93,8 @@ def random_trigger(plan: Plan, rates: Mapping[str, float]) -> Plan:
         rate = rates.get(rule.name, 0.0)
         if isinstance(rule.trigger.gate, str):
             change["gate"] = rate
-        elif rule.source == "boundary":
-            return {"random": rate, "immediate": True, "duration": 1, "cooldown": 0, "max": None}
+        elif _paced(rule):
+            return {"random": rate, "immediate": True, "duration": 1, "cooldown": 0, "max": None, "phase": None}
         if rule.source in EVENTS:
             change["random"] = rate
         return change
@@ -112,7 +123,7 @@ def measured_rates(generations: Iterable[Generation], plan: Plan) -> dict[str, f
         winner = {e["token"]: order.index(e["rule"]) for e in acted if "strength" not in e}
         for rank, rule in enumerate(plan.rules):
             mine = [e for e in acted if e["rule"] == rule.name]
-            if rule.source == "boundary" and rule.trigger.gate is None:
+            if _paced(rule) and rule.trigger.gate is None:
                 could[rule.name] += max(0, g.thinking_tokens - MIN_TOKENS)
                 did[rule.name] += sum(e["tokens"] for e in mine)
                 continue
@@ -120,6 +131,4 @@ def measured_rates(generations: Iterable[Generation], plan: Plan) -> dict[str, f
             could[rule.name] += sum(not rule.forces or winner.get(token, rank) >= rank for token in asked)
             did[rule.name] += len(mine)
     rates = {name: min(1.0, did[name] / could[name]) if could[name] else 0.0 for name in order}
-    return {
-        r.name: rates[r.name] for r in plan.rules if r.source in (*EVENTS, "boundary") or r.trigger.gate is not None
-    }
+    return {r.name: rates[r.name] for r in plan.rules if r.source in EVENTS or _paced(r) or r.trigger.gate is not None}

@@ -28,7 +28,7 @@ __all__ = ["PLAN_FILE", "SOURCES", "TRIGGER_TOKEN", "Action", "Plan", "Rule", "S
 
 PLAN_FILE = "plan.yaml"
 POLICIES = ("order", "refuse")
-_NO_SOURCE = {"threshold": None} | {k: None if k in ("probe", "random", "oracle") else False for k in SOURCES}
+_NO_SOURCE = {"threshold": None} | {k: None if k in ("probe", "random", "oracle", "tokens") else False for k in SOURCES}
 
 
 @dataclass(frozen=True)
@@ -226,11 +226,11 @@ def _share(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> bool:
 def _first(rule: Rule) -> int | None:
     """After how many steps a rule that forces its text whatever happens does so first; None if it may not."""
     t = rule.trigger
-    if not rule.forces or t.gate is not None or t.max == 0 or t.consecutive > 1 or t.min_tokens:
+    if not rule.forces or t.gate is not None or t.max == 0 or t.consecutive > 1 or t.min_tokens or t.max_tokens:
         return None
     if rule.source == "start":
         return 0
-    return (t.at_step or max(1, t.min_steps)) if rule.source == "always" else None
+    return (t.at_step or max(1, t.min_steps)) if rule.source == "always" and not t.every else None
 
 
 def _closed_by(rule: Rule) -> tuple[float, float]:
@@ -239,7 +239,8 @@ def _closed_by(rule: Rule) -> tuple[float, float]:
     if THINK_CLOSE in (rule.action.force or ""):
         first = _first(rule)
         steps = math.inf if first is None else first
-        if rule.source == "always" and t.immediate and not (t.gate or t.max == 0 or t.consecutive > 1 or t.min_steps):
+        always = rule.source == "always" and t.immediate and t.max_tokens is None
+        if always and not (t.gate is not None or t.max == 0 or t.consecutive > 1 or t.min_steps):
             tokens = max(1, t.min_tokens)
     return steps, tokens
 
@@ -251,8 +252,10 @@ def _shadows(first: Rule, rule: Rule) -> bool:
         return False
     if a.gate is not None or a.max is not None or a.consecutive > 1 or a.at_step is not None or b.at_step is not None:
         return False
+    if a.every or a.max_tokens is not None:
+        return False
     least = all(getattr(a, key) <= getattr(b, key) for key in ("min_steps", "min_tokens", "cooldown"))
-    return least and (a.immediate or not b.immediate)
+    return least and (a.immediate or not (b.immediate or b.every))
 
 
 def _count(n: float, noun: str) -> str:
@@ -270,6 +273,8 @@ def _dead(rule: Rule, rules: tuple[Rule, ...]) -> str:
         return f"a gate's score is at most 1 and never above threshold {t.threshold}; lower it"
     if t.at_step is not None and t.min_steps > t.at_step:
         return f"at_step is {t.at_step}, before min_steps {t.min_steps}; remove min_steps"
+    if t.max_tokens is not None and t.max_tokens < max(t.min_tokens, t.every or 0):
+        return f"max_tokens is {t.max_tokens}, before it is first evaluated; raise it"
     for other in rules:
         steps, tokens = _closed_by(other)
         alone = not any(r.forces for r in rules if r is not other and r is not rule)  # else one may come in between
@@ -288,6 +293,10 @@ def _dead(rule: Rule, rules: tuple[Rule, ...]) -> str:
             return f"rule {other.name} always comes first, and start is evaluated once"
         if earlier and _shadows(other, rule):
             return f"rule {other.name} forces its text wherever this one is evaluated, and comes first"
-        if first == 0 and THINK_CLOSE in (other.action.force or "") and (rule.evaluated or rule.source == "boundary"):
+        if (
+            first == 0
+            and THINK_CLOSE in (other.action.force or "")
+            and (rule.evaluated or rule.source == "boundary" or t.phase == "think")
+        ):
             return f"rule {other.name} closes the thinking before the first token"
     return ""

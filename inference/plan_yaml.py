@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any, TypeVar
 
 import yaml
@@ -12,6 +12,7 @@ from neureasoner.errors import UserError
 from neureasoner.inference.rules import Action, Rule, Strength, Trigger
 
 T = TypeVar("T")
+FORMS = {"Mapping": "{token: number}", "tuple[str": "a list of texts", "tuple[float": "[number, number]"}
 
 
 class Dumper(yaml.SafeDumper):
@@ -70,14 +71,15 @@ def _strength(value: Any, where: str) -> Strength:
             raise UserError(f"{where}: schedule must be [[token, factor], ...], got {points!r}")
     try:
         built = build(Strength, {k: v for k, v in row.items() if k != "schedule"}, where)
-        return Strength(built.value, built.relative, tuple((t, float(f)) for t, f in points), built.per_row, built.unit)
+        return replace(built, schedule=tuple((t, float(f)) for t, f in points))
     except UserError as e:
         raise UserError(str(e) if str(e).startswith(where) else f"{where}: {e}") from None
 
 
 def non_default(value: Any) -> dict[str, Any]:
     """The fields that differ from their defaults."""
-    return {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
+    given = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}
 
 
 def check_keys(cls: type, value: Any, where: str, hidden: set[str] | None = None) -> None:
@@ -107,10 +109,13 @@ def build(cls: type[T], value: Any, where: str) -> T:
         ok = ok or ("int" in kinds and _is_int(v))
         ok = ok or ("float" in kinds.split("[")[0] and _is_number(v))
         ok = ok or ("Mapping" in kinds and _is_bias(v))
+        ok = ok or ("tuple[str" in kinds and isinstance(v, list) and all(isinstance(x, str) for x in v))
+        ok = ok or ("tuple[float, float]" in kinds and isinstance(v, list) and [*map(_is_number, v)] == [True, True])
         if not ok:
-            form = "{token: number}" if "Mapping" in kinds else kinds.replace(" | None", "").replace(" | ", " or ")
+            form = next((form for kind, form in FORMS.items() if kind in kinds), "")
+            form = form or kinds.replace(" | None", "").replace(" | ", " or ")
             raise UserError(f"{where}: {f.name} must be {form}, got {v!r}")
-        checked[f.name] = v
+        checked[f.name] = tuple(v) if isinstance(v, list) else v
     try:
         return cls(**checked)
     except UserError as e:

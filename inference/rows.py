@@ -125,7 +125,10 @@ class RowState:
         if t.at_step is not None:
             # After an intervention the first steps hold its block: nothing the probe was fitted on.
             return self.closed and self.steps == t.at_step and not self._interrupted
-        if not (self.closed or t.immediate) or self.in_block or self.closed_block:
+        ready = len(self.tokens) % t.every == 0 if t.every else self.closed or t.immediate
+        if not ready or self.in_block or self.closed_block:
+            return False
+        if t.max_tokens is not None and len(self.tokens) > t.max_tokens:
             return False
         since = self.full_steps if rule.forces else self.steps - self.rested.get(rule.name, self.steps - t.cooldown)
         if since is not None and since < t.cooldown:
@@ -148,6 +151,11 @@ class RowState:
             key = [self.seed, self.index, zlib.crc32(rule.name.encode())]
             self._coins[rule.name] = np.random.default_rng(key)
         return float(self._coins[rule.name].random())
+
+    def drawn(self, rule: Rule, low: float, high: float) -> float:
+        """A number between two for this response and rule; depends on seed, row and rule alone, and on no coin."""
+        key = [self.seed, self.index, zlib.crc32(f"{rule.name} strength".encode())]
+        return float(np.random.default_rng(key).uniform(low, high))
 
     def statistic(self, rule: Rule, sequential: Any, score: float) -> float:
         """The score itself, or what the probe's decision rule makes of it and those before it since an intervention."""

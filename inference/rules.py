@@ -18,7 +18,8 @@ from neureasoner.errors import UserError
 from neureasoner.sites import BARE, LAYERED, Site
 
 EVENTS = ("probe", "random", "oracle")  # evaluated again and again while the response is written
-PLACES = ("always", "decode", "boundary")  # where a tensor rule acts without being asked
+PLACES = ("always", "decode", "boundary", "tokens")  # where a tensor rule acts without being asked
+PHASES = ("think", "answer")
 SOURCES = (*EVENTS, *PLACES, "start")
 ACTIONS = ("force", "add", "add_keep_norm", "scale", "set", "add_logits")
 DIRECTED = ("add", "add_keep_norm", "scale")
@@ -38,14 +39,18 @@ class Trigger:
     always      a forced text: whenever it is evaluated; a tensor action: at every position, the prompt's included
     decode      tensor actions: the last position of each forward (the last prompt token, then every response token)
     boundary    tensor actions: only tokens that close a thinking step
+    tokens      tensor actions: only these response tokens, each a single one of the tokenizer
+    phase       decode and tokens: only while the thinking (``think``) or the answer (``answer``) is being written
     start       forced texts: once, before the first response token
     gate        folder of a failure gate, relative to the plan file: only rows whose question it predicts to fail, asked
                 once before the first token; a number is a coin instead. Alone it means ``decode`` (forced: ``start``)
     duration    tensor actions of probe, random, oracle: tokens it lasts, from the next one on; none: to the end
     at_step     evaluated once, when this many thinking steps have closed (1 = after the first); takes no cooldown
     immediate   evaluated after every thinking token; otherwise only when a step closes
+    every       evaluated after every so many response tokens instead, while thinking
     min_steps   not evaluated before this many thinking steps have closed
     min_tokens  not evaluated before this many response tokens (a budget, with always and immediate)
+    max_tokens  not evaluated after this many response tokens
     cooldown    forced texts: full steps that must close after the last intervention's block, whichever rule made it (at
                 least one in effect: the window is empty at the block's end); others: steps after its own effect ended
     max         interventions per response; null: no limit
@@ -69,6 +74,10 @@ class Trigger:
     gate: str | float | None = None
     duration: int | None = None
     min_tokens: int = 0
+    max_tokens: int | None = None
+    every: int | None = None
+    tokens: tuple[str, ...] | None = None
+    phase: str | None = None
 
     def __post_init__(self) -> None:
         named = [k for k in SOURCES if _given(getattr(self, k))]
@@ -84,12 +93,23 @@ class Trigger:
         if isinstance(self.gate, int | float) and not 0 <= self.gate <= 1:
             raise UserError(f"gate must be a folder or a probability between 0 and 1, got {self.gate}")
         low = {"at_step": 1, "min_steps": 0, "min_tokens": 0, "cooldown": 0, "max": 0, "consecutive": 1, "duration": 1}
+        low |= {"max_tokens": 1, "every": 1}
         for key, least in low.items():
             value = getattr(self, key)
             if value is not None and value < least:
                 raise UserError(f"{key} must be at least {least}, got {value}")
-        if self.at_step is not None and (self.immediate or self.consecutive > 1 or self.min_tokens):
-            raise UserError("at_step is evaluated once; remove immediate, consecutive and min_tokens")
+        if self.at_step is not None and (self.immediate or self.every or self.consecutive > 1 or self.min_tokens):
+            raise UserError("at_step is evaluated once; remove immediate, every, consecutive and min_tokens")
+        if self.immediate and self.every:
+            raise UserError("immediate is every token; remove it, or every")
+        if self.tokens is not None and not self.tokens:
+            raise UserError("tokens needs at least one token, such as [Wait]")
+        if self.phase not in (None, *PHASES):
+            raise UserError(f"phase must be {' or '.join(PHASES)}, got {self.phase!r}")
+
+    def places(self, tokenizer: Any) -> list[int]:
+        """Ids of ``tokens``. Raises UserError for a text that is not one token."""
+        return [_single(tokenizer, text, "tokens") for text in self.tokens or ()]
 
     @cached_property
     def source(self) -> str:
@@ -154,13 +174,7 @@ class Action:
 
     def biases(self, tokenizer: Any) -> dict[int, float]:
         """Bias by token id of ``add_logits``. Raises UserError for a text that is not one token."""
-        vocab, out = tokenizer.get_vocab(), {}
-        for token, bias in (self.add_logits or {}).items():
-            ids = [vocab[token]] if token in vocab else tokenizer.encode(token, add_special_tokens=False)
-            if len(ids) != 1:
-                raise UserError(f"add_logits: {token!r} is {len(ids)} tokens of this tokenizer; name single tokens")
-            out[int(ids[0])] = float(bias)
-        return out
+        return {_single(tokenizer, t, "add_logits"): float(bias) for t, bias in (self.add_logits or {}).items()}
 
 
 @dataclass(frozen=True)
@@ -171,6 +185,8 @@ class Strength:
     relative  times the norm of what is edited, position by position (a direction of norm 1 then adds that share)
     schedule  ``(response token, factor)`` points, joined by lines, constant outside; the prompt counts as token 0
     per_row   times a number for each prompt, given at generation
+    draw      times a number drawn evenly between two for each response, by the seed
+    by_score  times the score of the probe (when it fired) or gate that the rule waits for
     unit      ``sigma`` (only ``neuron`` sites): in standard deviations; the direction, whose ``std`` are kept in it, is
               scaled to move its neurons by one of them (root mean square)
     """
@@ -180,12 +196,16 @@ class Strength:
     schedule: tuple[tuple[int, float], ...] = ()
     per_row: bool = False
     unit: str = "raw"
+    draw: tuple[float, float] | None = None
+    by_score: bool = False
 
     def __post_init__(self) -> None:
-        if not np.isfinite([self.value, *(f for _, f in self.schedule)]).all():
+        if not np.isfinite([self.value, *(f for _, f in self.schedule), *(self.draw or ())]).all():
             raise UserError("a strength must be finite")
         if any(a >= b for (a, _), (b, _) in pairwise(self.schedule)) or any(t < 0 for t, _ in self.schedule):
             raise UserError("the schedule's response tokens must rise from 0, such as [[0, 1.0], [100, 0.0]]")
+        if self.draw is not None and self.draw[0] >= self.draw[1]:
+            raise UserError(f"draw must be [low, high], got {list(self.draw)}")
         if self.unit not in UNITS:
             raise UserError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
 
@@ -241,11 +261,15 @@ class Rule:
             raise UserError(f"{kind} takes no relative strength; remove it")
         if self.strength.unit != "raw" and kind not in DIRECTED:
             raise UserError(f"{kind} takes no unit; remove it")
+        if self.strength.by_score and self.source != "probe" and not isinstance(self.trigger.gate, str):
+            raise UserError("by_score needs the score of a probe or gate; name one in the trigger, or remove it")
 
     def _check_trigger(self) -> None:
         t, source = self.trigger, self.source
+        if t.phase is not None and source not in ("decode", "tokens"):
+            raise UserError(f"phase belongs to decode and tokens; remove it beside {source}")
         if self.action.kind == "force":
-            if source in ("decode", "boundary") or t.duration is not None:
+            if source in ("decode", "boundary", "tokens") or t.duration is not None:
                 what = "duration" if t.duration is not None else source
                 raise UserError(f"{what} belongs to tensor actions; a forced text takes always, start or an alarm")
             return
@@ -280,7 +304,10 @@ class Rule:
         return self.source in EVENTS or (self.forces and self.source == "always")
 
 
-_EVENT_KEYS = ("at_step", "immediate", "min_steps", "min_tokens", "cooldown", "max", "consecutive", "duration")
+_EVENT_KEYS = (
+    *("at_step", "immediate", "every", "min_steps", "min_tokens", "max_tokens", "cooldown", "max", "consecutive"),
+    "duration",
+)
 
 
 def wild_kind(text: str) -> str | None:
@@ -291,6 +318,14 @@ def wild_kind(text: str) -> str | None:
     if match[1] not in LAYERED:
         raise UserError(f"site '{text}': {match[1]} has no blocks; use one of {', '.join(LAYERED)}")
     return match[1]
+
+
+def _single(tokenizer: Any, text: str, key: str) -> int:
+    vocab = tokenizer.get_vocab()
+    ids = [vocab[text]] if text in vocab else tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        raise UserError(f"{key}: {text!r} is {len(ids)} tokens of this tokenizer; name single tokens")
+    return int(ids[0])
 
 
 def _given(source: Any) -> bool:

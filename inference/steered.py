@@ -250,7 +250,7 @@ class SteeredModel:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         for rule in self.plan.rules:
             t = rule.trigger
-            if rule.evaluated and max(t.min_steps, t.at_step or 0, t.min_tokens) >= max_new_tokens:
+            if rule.evaluated and max(t.min_steps, t.at_step or 0, t.min_tokens, t.every or 0) >= max_new_tokens:
                 raise UserError(
                     f"plan {self.plan.name}, rule {rule.name} can never fire: it waits for more steps or tokens than "
                     f"max_new_tokens ({max_new_tokens}) leaves room for"

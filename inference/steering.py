@@ -97,6 +97,7 @@ class Steering:
         self.rules = [r for r in plan.rules if not r.forces and not r.strength.zero]
         self.writes: dict[str, list[Write]] = {}
         self.biases: dict[str, torch.Tensor] = {}
+        self.listed: dict[str, list[int]] = {}  # ids that a rule of source ``tokens`` acts at
         given, written = dict(directions or {}), {}
         checked: set[str] = set()
         for rule in plan.rules:
@@ -119,6 +120,12 @@ class Steering:
     def _compile(self, rule: Rule, direction: Direction | None, tokenizer: Any) -> None:
         if rule.source == "boundary" and CLOSED not in self.separators.table[1]:
             raise UserError("it can never fire: no token of this tokenizer closes a step after text")
+        if rule.trigger.phase == "answer" and self.separators.think_close is None:
+            raise UserError(
+                "it can never fire: this tokenizer has no </think>, so an answer is never told from thinking"
+            )
+        if rule.source == "tokens":
+            self.listed[rule.name] = rule.trigger.places(tokenizer)
         for write in writes_of(rule, direction, self.layout) if rule.edits else []:
             self.writes.setdefault(str(write.place), []).append(write)
         if not rule.edits:
@@ -183,7 +190,13 @@ class SteeringRun:
     ):
         self.steering, self.rules, self.rows = steering, steering.rules, rows
         size, given = len(rows), strengths or {}
-        self.factors = [np.asarray(given.get(r.name, np.ones(size)), dtype=np.float64) for r in self.rules]
+        self.factors = [np.array(given.get(r.name, np.ones(size)), dtype=np.float64) for r in self.rules]
+        for r, rule in enumerate(self.rules):
+            if rule.strength.draw is not None:
+                self.factors[r] *= [row.drawn(rule, *rule.strength.draw) for row in rows]
+            if rule.strength.by_score and rule.source != "probe":
+                self.factors[r] *= [row.asked[rule.name][0] for row in rows]
+        self._constant = [f.copy() for f in self.factors]
         static = [(r, r.source not in EVENTS) for r in self.rules]
         self.acting = [np.array([int(on and not row.barred(r)) for row in rows]) for r, on in static]
         self.count = np.zeros((len(self.rules), size), dtype=np.int64)
@@ -196,8 +209,9 @@ class SteeringRun:
         self._seen: dict[str, torch.Tensor] = {}
         self._live: torch.Tensor | None = None  # rows the model still reads; None: all
         self._device = steering.model.device
-        self._boundary = [r for r, rule in enumerate(self.rules) if rule.source == "boundary" and rule.edits]
-        if self._boundary:
+        self._chosen = [r for r, rule in enumerate(self.rules) if rule.edits and _choosy(rule)]
+        if self._chosen:
+            self._ids = {k: torch.tensor(ids, device=self._device) for k, ids in steering.listed.items()}
             self._table = _next_states(steering.separators, steering.vocabulary).to(self._device)
             ends = [i for i in (steering.separators.think_close, steering.separators.eos) if i is not None]
             self._ends = torch.tensor(ends, device=self._device)
@@ -205,12 +219,14 @@ class SteeringRun:
             self._thinking = torch.tensor([row.thinking for row in rows], device=self._device)
         self.plan(0, edits=True)
 
-    def begin(self, rule: Rule, row: int, event: dict[str, Any]) -> None:
+    def begin(self, rule: Rule, row: int, score: float, threshold: float) -> None:
         """An evaluated rule fired in a row: its effect starts with the next token."""
         r = self.rules.index(rule)
         self.acting[r][row] = rule.trigger.duration or np.iinfo(np.int64).max
         self.count[r, row] = 0
-        self._events[r, row] = event
+        if rule.strength.by_score and rule.source == "probe":
+            self.factors[r][row] = self._constant[r][row] * score
+        self._events[r, row] = self.rows[row].log(rule, score, threshold, False, self.strength(rule, row))
         self.rows[row].start_effect(rule)
 
     def plan(self, token: int, edits: bool) -> None:
@@ -236,11 +252,11 @@ class SteeringRun:
         self._whole[r] = Dose(held, held != 0)
 
     def _serve(self) -> None:
-        # a boundary rule waits until it is known which tokens the forward reads
+        # a rule that chooses its tokens waits until it is known which ones the forward reads
         self._doses = {
             self.rules[r].name: dose
             for r, dose in self._whole.items()
-            if self._amounts[r].any() and r not in self._boundary
+            if self._amounts[r].any() and r not in self._chosen
         }
 
     def narrow(self, kept: torch.Tensor, live: torch.Tensor) -> None:
@@ -250,7 +266,7 @@ class SteeringRun:
             if rule.edits:
                 self._measure(r)
         self._serve()
-        if self._boundary:
+        if self._chosen:
             self._state, self._thinking = self._state[kept], self._thinking[kept]
 
     def tick(self, edits: bool, alive: np.ndarray, closed: np.ndarray) -> None:
@@ -258,7 +274,7 @@ class SteeringRun:
         for r, rule in enumerate(self.rules):
             if rule.edits != edits:
                 continue
-            acted = (self._amounts[r] != 0) & alive & (closed | (rule.source != "boundary"))
+            acted = (self._amounts[r] != 0) & alive & self._here(rule, closed)
             self.count[r] += acted
             if rule.source not in EVENTS:
                 for row in np.flatnonzero(acted & (self.count[r] == 1)).tolist():
@@ -283,17 +299,33 @@ class SteeringRun:
             event["tokens"] = int(self.count[r, row])
 
     def read_ids(self, ids: torch.Tensor) -> None:
-        """Before a forward: which rows read a token that closes a step. ids ``[B, T]``."""
+        """Before a forward: which rows read a token that a rule chooses. ids ``[B, T]``; a prompt only has a phase."""
         self.calls[IDS] += 1
-        if self.prefill:
-            return
-        token = ids[:, -1]
-        after = torch.where(self._thinking, self._table[self._state, token], self._state)
-        self._thinking = self._thinking & ~torch.isin(token, self._ends)
-        closing = self._thinking & (after == CLOSED)
-        self._state = torch.where(after == CLOSED, BLANK, after)
-        for r in self._boundary:
-            self._doses[self.rules[r].name] = Dose(self._whole[r].amount, self._whole[r].on & closing)
+        token, closing = ids[:, -1], torch.zeros_like(self._thinking)
+        if not self.prefill:
+            after = torch.where(self._thinking, self._table[self._state, token], self._state)
+            self._thinking = self._thinking & ~torch.isin(token, self._ends)
+            closing = self._thinking & (after == CLOSED)
+            self._state = torch.where(after == CLOSED, BLANK, after)
+        for r in self._chosen:
+            rule, on = self.rules[r], self._whole[r].on
+            if rule.source == "boundary":
+                on = on & closing
+            elif rule.source == "tokens":
+                on = on & torch.isin(token, self._ids[rule.name]) & (not self.prefill)
+            if rule.trigger.phase is not None:
+                on = on & (self._thinking == (rule.trigger.phase == "think"))
+            self._doses[rule.name] = Dose(self._whole[r].amount, on)
+
+    def _here(self, rule: Rule, closed: np.ndarray) -> np.ndarray:
+        """Rows ``[B]`` whose last token is one that the rule acts at; ``closed``: rows where it closed a step."""
+        here = closed if rule.source == "boundary" else np.ones(len(self.rows), dtype=bool)
+        if rule.source == "tokens":
+            ids = self.steering.listed[rule.name]
+            here = np.array([bool(row.tokens) and row.tokens[-1] in ids for row in self.rows])
+        if rule.trigger.phase is not None:
+            here = here & np.array([row.thinking == (rule.trigger.phase == "think") for row in self.rows])
+        return here
 
     def edit(self, place: str, value: torch.Tensor) -> torch.Tensor:
         """The hook: every rule that writes here, in the plan's order. value ``[B, T, C]``."""
@@ -319,14 +351,14 @@ class SteeringRun:
             stack.callback(self.finish)
             for place in self.steering.places:
                 stack.enter_context(edit_site(model, place, partial(self.edit, place)))
-            if self._boundary:
+            if self._chosen:
                 embeddings = model.get_input_embeddings()
                 stack.callback(embeddings.register_forward_pre_hook(lambda _, args: self.read_ids(args[0])).remove)
             yield
 
     def verify(self, token: int) -> None:
         """Promise 4, for writing: every hook fired once in the forward just done. Raises RuntimeError."""
-        for place in [*self.steering.places, *([IDS] if self._boundary else [])]:
+        for place in [*self.steering.places, *([IDS] if self._chosen else [])]:
             n = self.calls[place]
             if n != 1 and (token or n == 0):  # a long prompt may be read in pieces
                 raise RuntimeError(
@@ -341,10 +373,16 @@ class SteeringRun:
             if rule.edits or not self._amounts[r].any():
                 continue
             dose, bias = self._whole[r], self.steering.biases[rule.name]
-            on = dose.on & torch.from_numpy(closed).to(self._device) if rule.source == "boundary" else dose.on
+            here = torch.from_numpy(self._here(rule, closed)).to(self._device) if _choosy(rule) else None
+            on = dose.on if here is None else dose.on & here
             delta = torch.where(on[:, None], dose.amount[:, None] * bias, -0.0)
             scores = scores + delta.to(scores.dtype)
         return scores
+
+
+def _choosy(rule: Rule) -> bool:
+    """Whether a rule acts at some tokens only, by what they are."""
+    return rule.source in ("boundary", "tokens") or rule.trigger.phase is not None
 
 
 def _next_states(separators: Separators, size: int) -> torch.Tensor:

@@ -25,6 +25,10 @@ RULES = {
     "boundary": [Rule("r", Trigger(boundary=True), ADD, direction="d", strength=Strength(3.0))],
     "decode": [Rule("r", Trigger(decode=True), ADD, direction="d", strength=Strength(0.5))],
     "gated by a coin": [Rule("r", Trigger(always=True, gate=0.5), ADD, direction="d")],
+    "thinking": [
+        Rule("r", Trigger(decode=True, phase="think"), ADD, direction="d", strength=Strength(0.5, draw=(0, 1)))
+    ],
+    "tokens": [Rule("r", Trigger(tokens=tuple("0123456789")), ADD, direction="d", strength=Strength(3.0))],
     "lasting": [Rule("r", Trigger(random=0.3, duration=3), ADD, direction="d", strength=Strength(3.0))],
     "logits": [Rule("b", Trigger(always=True), Action(add_logits={"7": 2.0}))],
     "together": [

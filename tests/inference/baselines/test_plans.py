@@ -140,7 +140,7 @@ def test_a_budget_that_the_cap_leaves_no_room_for_is_refused(talker, tokenizer, 
 def test_min_tokens_belongs_to_rules_that_are_evaluated_again(tmp_path) -> None:
     with pytest.raises(UserError, match="min_tokens must be at least 0, got -1"):
         Trigger(always=True, min_tokens=-1)
-    with pytest.raises(UserError, match="remove immediate, consecutive and min_tokens"):
+    with pytest.raises(UserError, match="remove immediate, every, consecutive and min_tokens"):
         Trigger(always=True, at_step=2, min_tokens=3)
     budget = {"always": True, "immediate": True, "min_tokens": 9}
     rules = [
