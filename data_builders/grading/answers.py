@@ -33,6 +33,7 @@ _CHANGES = re.compile(
 )
 TESTS = "tests:"  # begins the gold answer of a program: the name of its test set
 MAX_ANSWER = 2000  # characters; longer "answers" are not answers
+NESTED = 8  # wrappers around a wrapper; no answer has as many
 TAIL = 600  # characters at the end of an answer part in which an unboxed answer is looked for
 
 
@@ -89,10 +90,14 @@ def gold_answer(text: str) -> str:
 
 
 def unwrapped(text: str, by: str = "") -> str:
-    r"""A text in which what ``\text{…}``, ``\mathbf{…}`` and the like hold stands alone, with ``by`` on either side."""
-    previous = None
-    while previous != text:
+    r"""A text in which what ``\text{…}``, ``\mathbf{…}`` and the like hold stands alone, with ``by`` on either side.
+
+    Linear in the text: wrappers around more than ``NESTED`` others stay.
+    """
+    for _ in range(NESTED + 1):
         previous, text = text, _WRAPPED.sub(lambda m: f"{by}{m[1] if m[1] is not None else m[2]}{by}", text)
+        if text == previous:
+            break
     return text
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from functools import cache
@@ -20,8 +21,9 @@ from neureasoner.evaluation.sandbox import Limits, Run, Sandbox
 
 LIMITS = Limits(cpu_seconds=6.0, wall_seconds=18.0)  # of one test; LiveCodeBench allows six seconds
 MAX_PROGRAM = 200_000  # characters
-_BLOCK = re.compile(r"```[ \t]*([\w+.-]*)[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,4})?", re.ASCII)
+# Possessive, so that no text of a model or of its program takes longer than its length.
+_BLOCK = re.compile(r"```[ \t]*+([\w+.-]*+)[^\n]*+(?:\n(.*?)(?:```|\Z)|\Z)", re.DOTALL)
+_NUMBER = re.compile(r"[-+]?(?:\d++\.?\d*+|\.\d++)(?:[eE][-+]?\d{1,4})?", re.ASCII)
 _PYTHON = {"", "python", "python3", "py", "py3"}
 
 
@@ -37,7 +39,7 @@ class Graded:
 
 def program_of(text: str) -> str | None:
     """The last code block of an answer that could be Python; None without one."""
-    found = [m[2] for m in _BLOCK.finditer(text) if m[1].lower() in _PYTHON and m[2].strip()]
+    found = [m[2] for m in _BLOCK.finditer(text) if m[1].lower() in _PYTHON and (m[2] or "").strip()]
     return found[-1] if found else None
 
 
@@ -113,5 +115,6 @@ def same_value(given: Any, wanted: Any, tolerance: float = 0.0) -> bool:
     if isinstance(given, bool) is not isinstance(wanted, bool):
         return False
     if tolerance > 0 and isinstance(given, int | float) and isinstance(wanted, int | float):
-        return math.isclose(given, wanted, rel_tol=tolerance, abs_tol=tolerance)
+        with suppress(OverflowError):  # a whole number beyond every float
+            return math.isclose(given, wanted, rel_tol=tolerance, abs_tol=tolerance)
     return bool(given == wanted)

@@ -5,6 +5,7 @@ Its input says where to look: a port that listens outside, a file outside, the l
 
 import ctypes
 import json
+import mmap
 import os
 import socket
 import sys
@@ -61,7 +62,7 @@ def main():
         "memory": refused(lambda: bytearray(2 * asked["memory"])),
         "disk": refused(lambda: write_much(asked["disk"], asked["file_size"])),
         "process number": forks(asked["processes"] + 2) < asked["processes"],
-        "system calls": refused(lambda: os.memfd_create("x")),
+        "system calls": refused(lambda: os.memfd_create("x")) and refused(lambda: mmap.mmap(-1, 1)),
     }
     print(json.dumps(held))
 

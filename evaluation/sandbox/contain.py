@@ -27,7 +27,7 @@ _SYS_MOUNT_SETATTR = 442  # the same number on every architecture
 _AT_RECURSIVE, _ATTR_RDONLY, _ATTR_NOSUID, _ATTR_NODEV = 0x8000, 1, 2, 4
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP = 1, 4, 22, 24
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
-_DEVICES = ("null", "zero", "full", "random", "urandom")
+_DEVICES = ("null", "full", "random", "urandom")  # not zero: what is mapped of it and shared is memory nobody counts
 
 # Calls that reach beyond the sandbox or into the kernel's least tested corners. (x86_64, aarch64)
 _DENIED = {
@@ -48,6 +48,7 @@ _DENIED = {
 }  # fmt: skip
 _AUDIT = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, the kernel's name of the architecture
 _CLONE, _CLONE3, _SOCKET, _PRLIMIT = (56, 220), (435, 435), (41, 198), (302, 261)
+_MMAP, _SETSOCKOPT, _SHARED, _ANONYMOUS, _SNDBUF = (9, 222), (54, 208), 1, 0x20, 7
 
 libc: Any = ctypes.CDLL(None, use_errno=True)
 
@@ -140,18 +141,19 @@ def build_root(prefixes: list[str], files: dict[str, str], disk: int, inodes: in
     os.chdir("/")
     os.mkdir("/new")
     _mount("tmpfs", "/new", "tmpfs", _NOSUID | _NODEV, "size=16m,mode=0755")
-    for path in ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache", *prefixes):
-        _show(path)
-    for device in _DEVICES:
-        _show(f"/dev/{device}", device=True)
     for path in (WORK, PROGRAM, "/proc"):
         os.makedirs(f"/new{path}", exist_ok=True)
     options = f"size={disk},nr_inodes={inodes},mode=0700,uid={NOBODY},gid={NOBODY}"
     _mount("tmpfs", f"/new{WORK}", "tmpfs", _NOSUID | _NODEV, options)
+    for path in ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache", *prefixes):
+        _show(path)
+    for device in _DEVICES:
+        _show(f"/dev/{device}", device=True)
     for name, text in files.items():
         with open(f"/new{PROGRAM}/{name}", "w", encoding="utf-8", errors="surrogatepass") as f:
             f.write(text)
-    os.symlink(WORK, "/new/tmp")
+    if not os.path.lexists("/new/tmp"):  # where the interpreter may stand
+        os.symlink(WORK, "/new/tmp")
     _mount("proc", "/new/proc", "proc", _NOSUID | _NODEV | _NOEXEC)
     processes = os.open("/new/proc", os.O_RDONLY | os.O_DIRECTORY)
     _write("/new/proc/sys/user/max_user_namespaces", "0")  # no rights by another namespace
@@ -217,7 +219,10 @@ def drop_rights() -> None:
 
 
 def filter_calls() -> bool:
-    """Refuse the calls above, new namespaces, all but Unix sockets, limits of other processes. False: not done here."""
+    """Refuse the calls above, new namespaces, all but Unix sockets, limits of other processes. False: not done here.
+
+    And memory that belongs to no process, so that no limit would count it: shared and anonymous, in sockets' buffers.
+    """
     if platform.machine() not in _AUDIT:
         return False
     column, audit = _AUDIT[platform.machine()]
@@ -230,6 +235,9 @@ def filter_calls() -> bool:
     lines += [(equal, "missing", 0, _CLONE3[column])]  # its flags lie in memory; libraries then use clone
     for number, first in ((_SOCKET[column], 1), (_PRLIMIT[column], 0)):  # a Unix socket; limits of one's own process
         lines += [(equal, 0, 2, number), (load, 0, 0, 16), (equal, "allow", "refuse", first)]
+    lines += [(equal, 0, 3, _MMAP[column]), (load, 0, 0, 40), (any_bit, 0, "allow", _SHARED)]
+    lines += [(any_bit, "refuse", "allow", _ANONYMOUS)]
+    lines += [(equal, 0, 2, _SETSOCKOPT[column]), (load, 0, 0, 32), (equal, "refuse", "allow", _SNDBUF)]
     flags = _NAMESPACES | _NEWTIME
     lines += [(equal, 0, "allow", _CLONE[column]), (load, 0, 0, 16), (any_bit, "refuse", "allow", flags)]
     ends = {"allow": len(lines), "refuse": len(lines) + 1, "missing": len(lines) + 2}

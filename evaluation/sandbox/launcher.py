@@ -22,6 +22,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import contain
 
 _TICK = 0.02  # seconds between two looks at memory and processes
+_MEMORY = ("RssAnon", "RssShmem", "VmSwap", "HugetlbPages")  # what can be written to and no file backs
 RESULT = 3  # the descriptor the program finds for its result
 
 
@@ -82,17 +83,33 @@ def _anonymous(processes: int) -> tuple[int, int]:
         if not name.isdigit() or name == "1":
             continue
         with contextlib.suppress(OSError):
-            fd = os.open(f"{name}/status", os.O_RDONLY, dir_fd=processes)
-            try:
-                text = os.read(fd, 8192).decode("ascii", "replace")
-            finally:
-                os.close(fd)
-            for line in text.splitlines():
-                if line.startswith(("RssAnon:", "RssShmem:")):
-                    total += int(line.split()[1]) << 10
-                elif line.startswith("Threads:"):
-                    tasks += int(line.split()[1])
+            status = _status(processes, name)
+            tasks += status.get("Threads", 0)
+            if "RssAnon" not in status:  # its first thread has ended; any other one knows
+                for thread in _names(processes, f"{name}/task"):
+                    with contextlib.suppress(OSError):
+                        status |= _status(processes, f"{name}/task/{thread}")
+            total += sum(status.get(key, 0) for key in _MEMORY) << 10
     return total, tasks
+
+
+def _status(processes: int, task: str) -> dict[str, int]:
+    """Numbers of a task's ``status``: threads, and kibibytes of memory where it has any."""
+    fd = os.open(f"{task}/status", os.O_RDONLY, dir_fd=processes)
+    try:
+        lines = os.read(fd, 8192).decode("ascii", "replace").splitlines()
+    finally:
+        os.close(fd)
+    pairs = (line.split()[:2] for line in lines if line.startswith(("Threads:", *(f"{key}:" for key in _MEMORY))))
+    return {key.rstrip(":"): int(value) for key, value in pairs}
+
+
+def _names(processes: int, folder: str) -> list[str]:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY, dir_fd=processes)
+    try:
+        return os.listdir(fd)
+    finally:
+        os.close(fd)
 
 
 def _watch(pid: int, limits: dict[str, Any], control: int, processes: int | None) -> dict[str, Any]:

@@ -44,6 +44,7 @@ NEEDED = {  # what must hold at a level, in the words of checks.py
         "memory",
         "disk",
         "process number",
+        "system calls",  # without which memory could be had that no limit counts
     ),
     "limits": ("environment", "descriptors", "memory"),
 }
@@ -182,7 +183,7 @@ def probe(python: str, level: str) -> Containment | Unsafe:
         held = json.loads(run.stdout)
     except ValueError:
         last = run.stderr.decode(errors="replace").strip().splitlines() or [run.status]
-        return Unsafe(f"the check program did not run ({last[-1]})")
+        return Unsafe(f"{python} did not run the check program ({last[-1]})")
     missing = [name for name in NEEDED[level] if not held.get(name)]
     if missing:
         return Unsafe(f"the check program got through: {', '.join(missing)}")

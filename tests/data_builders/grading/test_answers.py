@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from decimal import Decimal
 
 import pytest
@@ -17,6 +18,7 @@ from neureasoner.data_builders.grading.answers import (
     last_number,
     option_letter,
     plain,
+    unwrapped,
     whole_number,
     with_unit,
 )
@@ -182,6 +184,16 @@ def test_golds_that_are_option_letters(gold: str, letter: str | None) -> None:
 ])  # fmt: skip
 def test_plain(text: str, bare: str) -> None:
     assert plain(text) == bare
+
+
+def test_wrappers_are_undone_however_answers_nest_them_and_no_further() -> None:
+    nested = lambda depth: "\\text{" * depth + "B" + "}" * depth  # noqa: E731
+    assert unwrapped(nested(9)) == "B" == option_letter(nested(9))
+    assert unwrapped(nested(3), " ").split() == ["B"]
+    begin = time.monotonic()
+    assert "B" in unwrapped(nested(50_000))
+    assert with_unit(nested(50_000)) is None
+    assert time.monotonic() - begin < 2
 
 
 @pytest.mark.parametrize(

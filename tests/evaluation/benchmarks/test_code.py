@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from neureasoner.evaluation.benchmarks.code import program_of, same_output, same_value
@@ -40,6 +42,7 @@ def test_tolerance_is_only_there_where_it_was_asked_for() -> None:
     assert not same_output("3.14159 x", "3.14160 y", tolerance=1e-4)
     assert same_value([1.0, {"a": 2.00001}], [1, {"a": 2}], tolerance=1e-4)
     assert not same_value(2.00001, 2)
+    assert not same_value(10**400, 1.5, tolerance=1e-4) and same_value(10**400, 10**400, tolerance=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +77,33 @@ def test_values_are_equal_as_json(given: object, wanted: object, same: bool) -> 
         ("```cpp\nint main() {}\n```", None),
         ("print(5)", None),
         ("```python\n\n```", None),
+        ("```python\nprint(6)\n```\n```python", "print(6)\n"),  # nothing after the last fence
+        ("```py x```\nprint(7)\n```", "print(7)\n"),
     ],
 )
 def test_the_last_python_block_is_the_program(text: str, program: str | None) -> None:
     assert program_of(text) == program
+
+
+N = 10**6
+
+
+@pytest.mark.parametrize(
+    ("given", "same"),
+    [("1" * N + "x", False), ("1" * N, False), ("." + "1" * N + "x", False), ("1." + "1" * N + "x", False),
+    ("1" * N + "e", False), ("1 " * N + "x", False), ("5." + "0" * N, True), ("+" * N, False), ("0" * N + "5", True)],
+    ids=range(9),
+)  # fmt: skip
+def test_no_output_takes_long_to_compare(given: str, same: bool) -> None:
+    begin = time.monotonic()
+    assert same_output(given, "5") is same
+    assert same_output("7 " + given, "7 5", tolerance=1e-6) is same
+    assert time.monotonic() - begin < 2
+
+
+@pytest.mark.parametrize("text", ["`" * 60_000, "```" + " " * 60_000, "```" + "a" * 60_000, "```py " * 20_000])
+def test_no_answer_takes_long_to_find_a_program_in(text: str) -> None:
+    begin = time.monotonic()
+    assert program_of(text) is None
+    assert program_of(text + "\n") is None
+    assert time.monotonic() - begin < 2

@@ -13,6 +13,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -185,6 +186,29 @@ def test_what_goes_wrong_once_the_program_runs_is_a_failed_program(monkeypatch: 
     assert found["end"] == "crashed" and b"could not be watched: [Errno 22]" in said[0][1] and said[0][0] == 2
 
 
+def test_memory_is_counted_wherever_it_went(tmp_path: Path) -> None:
+    """Swapped out, in huge pages, or of a process whose first thread has ended; the first process is ours."""
+    from neureasoner.evaluation.sandbox import launcher
+
+    states = {
+        "1": "Threads:\t1\nRssAnon:\t 999 kB\n",
+        "7": "Name:\tx\nVmRSS:\t 90 kB\nRssAnon:\t 1 kB\nRssFile:\t 80 kB\nRssShmem:\t 2 kB\nVmSwap:\t 4 kB\n"
+        "HugetlbPages:\t 8 kB\nThreads:\t3\n",
+        "8": "Name:\tx\nState:\tZ (zombie)\nThreads:\t2\n",
+        "8/task/8": "Name:\tx\nThreads:\t2\n",
+        "8/task/9": "Name:\tx\nRssAnon:\t 16 kB\nThreads:\t2\n",
+        "10": "State:\tZ (zombie)\nThreads:\t1\n",
+    }
+    for task, text in states.items():
+        (tmp_path / task).mkdir(parents=True)
+        (tmp_path / task / "status").write_text(text)
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert launcher._anonymous(fd) == (31 << 10, 6)
+    finally:
+        os.close(fd)
+
+
 @pytest.mark.parametrize("path", CORRECT, ids=lambda p: p.stem)
 def test_a_correct_program_is_right(path: Path, box: Sandbox) -> None:
     graded = judge(path.read_text(), PLUS_ONE, box, PATIENT)
@@ -305,6 +329,26 @@ def test_the_weaker_level_has_to_be_accepted_by_name(monkeypatch: pytest.MonkeyP
     )
     assert weak.run(left, limits=SMALL).status == "finished"
     assert time.monotonic() - begin < 10  # it held stdout open, and was found and killed
+
+
+def test_an_interpreter_may_stand_in_the_folder_of_temporary_files(box: Sandbox) -> None:
+    """Where the program finds its own writable folder otherwise."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        python = Path(folder, "bin", "python")
+        python.parent.mkdir()
+        python.write_text(
+            "#!/usr/bin/python3\nimport os, sys\nos.execv('/usr/bin/python3', ['python3', *sys.argv[1:]])\n"
+        )
+        for path in (Path(folder), python):
+            path.chmod(0o755)
+        if not os.access("/usr/bin/python3", os.X_OK):
+            pytest.skip("needs an interpreter that any sandbox shows")
+        there = Sandbox(python=python)
+        assert judge("open('x', 'w').close(); print(int(input()) + 1)", PLUS_ONE, there, PATIENT).state == "passed"
+
+
+def test_an_interpreter_that_does_not_run_is_named(box: Sandbox) -> None:
+    assert str(sandbox.probe("/bin/false", "namespaces")) == "/bin/false did not run the check program (crashed)"
 
 
 def test_bad_settings_are_named() -> None:
