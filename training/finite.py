@@ -16,7 +16,10 @@ HINT = "lower learning_rate, or train in float32"
 
 
 class Guard(TrainerCallback):
-    """Stops at the first gradient that is not finite, before it reaches the parameters."""
+    """Stops at the first gradient that is not finite, before it reaches the parameters.
+
+    DeepSpeed keeps gradients elsewhere; under it only the loss is watched.
+    """
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         for name, parameter in model.named_parameters():

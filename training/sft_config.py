@@ -17,6 +17,7 @@ PAPER: dict[str, Any] = {
     "warmup_steps": 0.05,
     "max_length": 16_384,
     "per_device_train_batch_size": 1,
+    "train_sampling_strategy": "group_by_length",  # rows of like length in a batch, still in random order: less padding
     "seed": 0,
     "logging_steps": 0.02,  # a share of all steps
     "save_strategy": "steps",

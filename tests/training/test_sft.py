@@ -191,6 +191,29 @@ def test_the_folder_holds_a_plain_model_and_no_pickle(model_folder: Path, train_
     assert model.config.use_cache
 
 
+@pytest.mark.parametrize("lora", ["0", "4"])
+def test_activation_checkpointing_changes_no_loss(
+    model_folder: Path, train_file: Path, tmp_path: Path, lora: str
+) -> None:
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    passes: list[str] = []  # of MLPs: those of checkpointed blocks run forward once more in the backward pass
+    counter = register_module_forward_pre_hook(
+        lambda module, *_: passes.append("") if type(module).__name__.endswith("MLP") else None
+    )
+
+    def losses(name: str, *more: str) -> list[float]:
+        given = ("--max_steps", "3", "--lora", lora, "--learning_rate", "1e-2", "--logging_steps", "1", *more)
+        sft.main(*sft.parse(arguments(model_folder, train_file, tmp_path / name, *given)))
+        return [h["loss"] for h in json.loads((tmp_path / name / "log.json").read_text()) if "loss" in h]
+
+    plain, once = losses("plain"), len(passes)
+    checkpointed = losses("again", "--activation_checkpointing", "true")
+    counter.remove()
+    assert checkpointed == pytest.approx(plain, abs=1e-5) and plain[0] != plain[-1]
+    assert len(passes) - once == 2 * once
+
+
 def test_other_settings_in_the_same_folder_are_refused(model_folder: Path, train_file: Path, tmp_path: Path) -> None:
     argv = arguments(model_folder, train_file, tmp_path / "out", "--max_steps", "1")
     sft.main(*sft.parse(argv))
