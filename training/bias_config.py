@@ -63,11 +63,13 @@ class BiasConfig:
         default_factory=list, metadata={"help": "use only these FAMILY:DIFFICULTY, such as words:4; none means all"}
     )
     steps: int = field(default=150, metadata={"help": "updates; each has its own fresh samples"})
-    prompts: int = field(default=8, metadata={"help": "problems per update, over all devices"})
+    prompts: int = field(default=8, metadata={"help": "problems per update, over all devices (published: 128)"})
     samples: int = field(
         default=8, metadata={"help": "responses per problem; a batch of sft is prompts × samples rows"}
     )
-    max_new_tokens: int = field(default=512, metadata={"help": "cap; a response that reaches it is wrong"})
+    max_new_tokens: int = field(
+        default=512, metadata={"help": "cap; a response that reaches it is wrong (published: 4096 or 8192)"}
+    )
     temperature: float = field(default=1.0, metadata={"help": "of the samples; top-p is 1"})
     learning_rate: list[float] = field(
         default_factory=list,

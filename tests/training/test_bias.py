@@ -419,6 +419,17 @@ def _gpt2(folder: Path) -> str:
     return str(folder)
 
 
+def test_the_published_settings_parse() -> None:
+    """The values of core.md §4.2 for Qwen2.5-Math-7B."""
+    from neureasoner.config import parse
+
+    path = Path(__file__).parents[2] / "configs" / "recipes" / "Qwen2.5-Math-7B" / "bias.yaml"
+    found = parse(BiasConfig, ["--config", str(path), "--problems", "p", "--out", "o"], "training bias", "")
+    assert (found.prompts, found.samples, found.steps, found.max_new_tokens) == (16 * 8, 16, 314, 4096)
+    assert (found.objective, found.learning_rate, found.warmup, found.max_grad_norm) == ("rloo", [1e-3], 0.03, 2.0)
+    assert (found.lora_rank, found.lora_alpha, found.temperature, found.reward) == (4, 4, 1.0, "verified")
+
+
 # ---- Killed for real
 
 
