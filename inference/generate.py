@@ -78,6 +78,9 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         steered = steered.with_plan(
             Plan("none", folder=steered.plan.folder) if config.rules == ["none"] else steered.plan.select(config.rules)
         )
+    idle = [r.name for r in steered.plan.rules if r.evaluated or r.source == "boundary" or r.trigger.phase == "think"]
+    if config.nothinking and idle:
+        console.print(f"[dim]the thinking is closed in the prompt, so these rules see nothing: {', '.join(idle)}[/dim]")
     jobs = [(p, s) for p in problems for s in range(config.samples)]
     streamed = config.stream and len(jobs) == 1
     if streamed:
