@@ -230,7 +230,7 @@ def test_generate_shows_and_writes_traces(checkpoint, tmp_path, capsys):
     assert generate(streamed)["triggers_per_trace"] == 0 and "see nothing" not in capsys.readouterr().out
     closed = GenerateConfig(str(checkpoint), prompt=QUESTIONS[:1], max_new_tokens=5, nothinking=True)
     assert generate(closed)["triggers_per_trace"] == 0
-    assert "so these rules see nothing: instance, intra" in capsys.readouterr().out
+    assert "so these rules see nothing: instance," in capsys.readouterr().out
     with pytest.raises(UserError, match="either 'prompt'"):
         GenerateConfig(str(checkpoint))
 
