@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import islice
 from typing import Any
 
@@ -59,6 +60,8 @@ def sample_rollouts(config: RolloutsConfig) -> dict[str, Any]:
     for p in problems:  # an unreadable question should not cost a batch
         if p.family in FAMILIES:
             FAMILIES[p.family].parse(p.question)
+    # nor an answer that nothing can match; the check knows the benchmarks, which stand in a room above this one
+    import_module("neureasoner.evaluation.problems").check_golds(problems, config.problems)
     folder = StageFolder(config.out, "data rollouts", config, inputs=[config.problems, *model_files(config.model)])
     if folder.done:
         return folder.summary

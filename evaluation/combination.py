@@ -35,7 +35,7 @@ from neureasoner.evaluation.metrics import (
     sign_flip_p,
     summarise,
 )
-from neureasoner.evaluation.problems import check_apart, containment, gradable_problems
+from neureasoner.evaluation.problems import capped, check_apart, containment, gradable_problems
 from neureasoner.evaluation.results import command_line, versions
 from neureasoner.inference.plan import PLAN_FILE, Plan, Rule
 from neureasoner.inference.plan_yaml import rule_from_dict
@@ -265,6 +265,7 @@ def combine(config: CombineConfig) -> dict[str, Any]:
     names = {"test": config.problems} | ({"validation": config.validation} if config.strengths else {})
     problems = {k: gradable_problems(file, config.limit) for k, file in names.items()}
     check_apart(problems["test"], problems.get("validation", []), config.problems, config.validation, "strengths")
+    config = capped(config, [p for part in problems.values() for p in part])
     plan = whole_plan(config)
     parts_of(config, plan)
     described = [plan.folder / d / INFO_FILE for d in plan.direction_paths]

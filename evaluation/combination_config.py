@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from neureasoner.errors import UserError
-from neureasoner.evaluation.config import check_numbers
+from neureasoner.evaluation.config import CAP_HELP, check_numbers
 
 ARMS = ("whole", "minus", "factorial")
 NONE, ALL, WITHOUT = "none", "all", "without_"
@@ -53,7 +53,7 @@ class CombineConfig:
     validation_samples: int = field(default=4, metadata={"help": "responses per validation problem and strength"})
     samples: int = field(default=4, metadata={"help": "responses (seeds) per problem and arm"})
     seed: int = field(default=0, metadata={"help": "first seed; sample s of batch b has the same seed in every arm"})
-    max_new_tokens: int = field(default=512, metadata={"help": "cap; a response that reaches it is wrong and costs it"})
+    max_new_tokens: int = field(default=0, metadata={"help": CAP_HELP})
     temperature: float = field(default=0.6, metadata={"help": "sampling temperature (0 = greedy)"})
     top_p: float = field(default=0.95, metadata={"help": "nucleus of the sampling"})
     batch_size: int = field(default=32, metadata={"help": "responses decoded together (also the unit of resuming)"})
@@ -69,8 +69,8 @@ class CombineConfig:
             raise UserError(f"key 'arms' must be one of {', '.join(ARMS)}, got '{self.arms}'")
         check_numbers(
             self,
-            positive=("samples", "validation_samples", "max_new_tokens", "batch_size", "resamples"),
-            not_negative=("limit", "temperature", "seed"),
+            positive=("samples", "validation_samples", "batch_size", "resamples"),
+            not_negative=("max_new_tokens", "limit", "temperature", "seed"),
         )
         self._check_names()
         if self.strengths and not self.validation:

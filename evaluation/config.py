@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,10 @@ from neureasoner.errors import UserError
 # What the paper decodes with (core.md §1.11); a benchmark is evaluated so unless told otherwise.
 PAPER: dict[str, Any] = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 16_000, "samples": 5}
 CAP = 512  # for the generators' problems
+CAP_HELP = (  # what ``problems.capped`` does
+    f"cap; a response that reaches it is wrong and costs it; 0 = {PAPER['max_new_tokens']} for a benchmark (the "
+    f"paper's), {CAP} for the generators' problems"
+)
 MERGE = "merge"
 ENDPOINT_OURS = ("temperature", "max_tokens", "effort", "structured", "retries")
 
@@ -22,6 +26,22 @@ def parse_shard(text: str) -> tuple[int, int]:
     if found is None or int(found[1]) >= int(found[2]):
         raise UserError(f"key 'shard' must look like 0/4 (from 0/4 to 3/4), or be '{MERGE}', got '{text}'")
     return int(found[1]), int(found[2])
+
+
+def shard_of_launch(environ: Mapping[str, str]) -> str:
+    """This process's share under ``accelerate launch`` or ``torchrun``, which set RANK and WORLD_SIZE: ``0/4``.
+
+    Nothing where there is one process. Raises UserError for a number of processes without a rank.
+    """
+    size, rank = environ.get("WORLD_SIZE", ""), environ.get("RANK", "")
+    if not size.isdecimal() or int(size) < 2:
+        return ""
+    if not rank.isdecimal() or int(rank) >= int(size):
+        raise UserError(
+            f"the environment says WORLD_SIZE={size}, but RANK is '{rank}', so this process's share is not known; give "
+            "--shard, or unset WORLD_SIZE"
+        )
+    return f"{int(rank)}/{int(size)}"
 
 
 def check_numbers(config: Any, positive: Sequence[str], not_negative: Sequence[str]) -> None:
@@ -48,13 +68,7 @@ class EvaluateConfig:
     )
     samples: int = field(default=1, metadata={"help": "responses per problem and arm"})
     seed: int = field(default=0, metadata={"help": "first seed; sample s of batch b has the same seed in every arm"})
-    max_new_tokens: int = field(
-        default=0,
-        metadata={
-            "help": "cap; a response that reaches it is wrong and costs it; 0 = 16000 for a benchmark (the paper's), "
-            f"{CAP} for the generators' problems"
-        },
-    )
+    max_new_tokens: int = field(default=0, metadata={"help": CAP_HELP})
     temperature: float = field(default=0.6, metadata={"help": "sampling temperature (0 = greedy)"})
     top_p: float = field(default=0.95, metadata={"help": "nucleus of the sampling"})
     batch_size: int = field(default=32, metadata={"help": "responses decoded together (also the unit of resuming)"})
@@ -65,7 +79,7 @@ class EvaluateConfig:
         default="",
         metadata={
             "help": "do this share of the work only, as in 0/4; without it all parts are merged, and what is missing "
-            f"is named and done; '{MERGE}' = named only"
+            f"is named and done; '{MERGE}' = named only; empty under accelerate launch or torchrun = the process's own"
         },
     )
     endpoint: dict[str, Any] = field(

@@ -6,6 +6,7 @@ be done by itself (``shard``): it writes parts and nothing else, and a run witho
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +31,11 @@ from neureasoner.evaluation.arms import (
     votes,
     with_rules,
 )
-from neureasoner.evaluation.config import CAP, MERGE, PAPER, EvaluateConfig, parse_shard
+from neureasoner.evaluation.config import MERGE, EvaluateConfig, parse_shard, shard_of_launch
 from neureasoner.evaluation.markdown import markdown
 from neureasoner.evaluation.metrics import Outcome, per_problem
-from neureasoner.evaluation.problems import containment, gradable_problems, is_program
+from neureasoner.evaluation.problems import capped, containment, gradable_problems, is_program
+from neureasoner.evaluation.ready import check_ready, check_thinking
 from neureasoner.evaluation.runner import ArmRun, outcomes
 from neureasoner.evaluation.store import listed
 from neureasoner.model_files import model_files, resolve
@@ -148,26 +150,28 @@ def _base(config: EvaluateConfig, card: dict[str, Any] | None) -> str:
     return base
 
 
-def _check_thinking(base: str, arms: list[Arm]) -> None:
-    """Closing a thinking that a model does not know would measure nothing. Raises UserError."""
-    from neureasoner.models import load_tokenizer
-    from neureasoner.steps import Separators
+def _of_launch(config: EvaluateConfig) -> EvaluateConfig:
+    """Under ``accelerate launch`` or ``torchrun`` each process does its own share, on a GPU of its own."""
+    shard = "" if config.shard else shard_of_launch(os.environ)
+    if not shard:
+        return config
+    import torch
 
-    closing = [a.name for a in arms if a.nothinking or a.baseline not in ("", "wait_penalty")]
-    if closing and Separators.of(load_tokenizer(base)).think_close is None:
-        raise UserError(
-            f"{base}: its tokenizer knows no </think>, so there is no thinking to close; leave out {', '.join(closing)}"
-        )
+    gpus, rank = torch.cuda.device_count(), os.environ.get("LOCAL_RANK", "")
+    device = config.device or (f"cuda:{int(rank) % gpus}" if gpus and rank.isdecimal() else "")
+    return replace(config, shard=shard, device=device)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Stage ``evaluate``. Writes results.json and .md, traces/<arm>.jsonl, figures/ and report.html; prints a table.
 
-    With a shard only parts are written, and the summary says what was done. Raises UserError for an unknown arm, a bad
-    problem file, problems that cannot be graded here, or arms that the model cannot run.
+    With a shard (of ``config``, or of the launch that this process is one of) only parts are written, and the summary
+    says what was done. Raises UserError, before anything is generated, for an unknown arm, a bad problem file, problems
+    that cannot be graded here, arms that the model cannot run, or a file that an arm lacks.
     """
     from neureasoner.inference.plan import Plan
 
+    config = _of_launch(config)
     card = _card(config.model)
     if card is None and not config.arms:
         raise UserError(
@@ -176,8 +180,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         )
     problems = gradable_problems(config.problems, config.limit)
     exact = all(p.family in FAMILIES for p in problems)
-    if not config.max_new_tokens:
-        config = replace(config, max_new_tokens=CAP if exact else PAPER["max_new_tokens"])
+    config = capped(config, problems)
     model = Path(resolve(config.model))
     arms, skipped = choose(
         config.arms,
@@ -191,7 +194,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if not base and any(a.model == "base" for a in arms):
         raise UserError(f"{config.model}: names no base model; give --base (the model before training, such as tiny)")
     if card is None or any(a.baseline for a in arms):
-        _check_thinking(base, arms)
+        check_thinking(base, arms)
     if any(a.baseline == "think_or_not" for a in arms):
         MathVerifier()  # tells whether two answers are one; raises where math-verify is missing
     if config.endpoint and not any(a.plain for a in arms):
@@ -209,6 +212,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         inputs=[config.problems, *(p for p in checkpoint if p.is_file()), *given, *(model_files(base) if base else [])],
     )
     if not folder.done:
+        check_ready(config.model, base, arms)
         evaluation = Evaluation(config, problems, base)
         evaluation.extras |= containment(config.out, problems)
         shared = _run(evaluation, arms, skipped)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neureasoner.evaluation.arms import FULL, VANILLA, VOTE
+from neureasoner.evaluation.runner import ANSWER
 from neureasoner.traces import Trace
 
 BUDGET = 24_000_000  # characters of responses in one page
@@ -21,11 +22,18 @@ KINDS = {
     "circle": "with a circle",
     "cut": "cut off",
 }
+OF_STEPS = ("false_alarm", "missed", "error", "circle")  # what only a judge of the steps can tell
+UNJUDGED = "not judged step by step (only final answers were graded), so no wrong step, circle or false alarm is known"
 
 
 def is_right(trace: Trace) -> bool:
     """Graded by the judge; an unfinished trace is wrong."""
     return bool(trace.labels and trace.labels.correct and trace.finished)
+
+
+def steps_judged(trace: Trace) -> bool:
+    """Whether a judge looked at the steps; the answers to a benchmark's problems are graded and nothing else."""
+    return trace.labels is not None and trace.labels.judge != ANSWER
 
 
 def interventions(trace: Trace) -> list[dict[str, Any]]:
@@ -46,9 +54,10 @@ def _failures(trace: Trace) -> dict[str, int]:
 def false_alarms(trace: Trace) -> list[str]:
     """Rules that stepped in with nothing to see: no wrong step (no circle) had begun by then.
 
-    Closing the thinking is a false alarm where the answer is wrong in the end and had not stood there yet.
+    Closing the thinking is a false alarm where the answer is wrong in the end and had not stood there yet. Where no
+    step was judged, none is known.
     """
-    if trace.labels is None:
+    if trace.labels is None or not steps_judged(trace):
         return []
     failures, out = _failures(trace), []
     for e in interventions(trace):
@@ -205,6 +214,7 @@ def view(trace: Trace) -> dict[str, Any]:
         "tokens": len(trace.response_ids),
         "cut": not trace.finished,
         "kinds": kinds_of(trace),
+        "judged": steps_judged(trace),
         "alarms": false_alarms(trace),
         "misses": misses(trace),
         "steps": [

@@ -5,7 +5,7 @@ const viewer = () => {
   const parse = (id) => JSON.parse($(id).textContent);
   const data = parse("data"), rows = data.rows, cache = new Map();
   const byKey = new Map(rows.map((r) => [r.arm + "\n" + r.problem, r]));
-  let shown = [], at = 0, sides = [], active = 0;
+  let shown = [], at = 0, sides = [], active = 0, why = "";
 
   const make = (tag, kind, text) => {
     const e = document.createElement(tag);
@@ -134,7 +134,7 @@ const viewer = () => {
     [...$("list").children].forEach((li, j) => li.setAttribute("aria-selected", String(j === at)));
     $("list").setAttribute("aria-activedescendant", row ? "row-" + at : "");
     sides = [];
-    if (!row) { pane.append(make("p", "empty", "No trace fits these filters.")); return; }
+    if (!row) { pane.append(make("p", "empty", "No trace fits these filters." + why)); return; }
     const t = load(row), o = other(row), ask = make("div", "ask", t.question), box = make("div", "sides");
     ask.append(make("small", "", `${t.problem} · ${t.family}, difficulty ${t.difficulty} · right answer ${t.gold}`));
     for (const r of o && o !== row ? [o, row] : [row]) {
@@ -153,7 +153,10 @@ const viewer = () => {
     const arm = $("f-arm").value, family = $("f-family").value, kind = $("f-kind").value;
     const words = $("f-search").value.trim().toLowerCase();
     const holds = (r) => { const t = load(r); return [t.problem, t.question, t.text].join("\n").toLowerCase().includes(words); };
-    shown = rows.filter((r) => r.arm === arm && (!family || r.family === family) && fits(r, kind) && (!words || holds(r)));
+    const asked = rows.filter((r) => r.arm === arm && (!family || r.family === family));
+    const blind = data.of_steps.includes(kind) ? asked.filter((r) => !r.judged).length : 0;
+    why = blind ? ` ${blind} of ${asked.length} were ${data.unjudged}.` : "";
+    shown = asked.filter((r) => fits(r, kind) && (!words || holds(r)));
     const list = $("list");
     list.replaceChildren(...shown.map((r, i) => {
       const li = make("li"), turn = flip(r);

@@ -20,7 +20,7 @@ from neureasoner.data_builders.browse import embed
 from neureasoner.evaluation import charts
 from neureasoner.evaluation.arms import FULL, VANILLA, VOTE
 from neureasoner.evaluation.cells import value_of
-from neureasoner.evaluation.examples import KINDS, first_samples, main_pair, pick, thresholds, view
+from neureasoner.evaluation.examples import KINDS, OF_STEPS, UNJUDGED, first_samples, main_pair, pick, thresholds, view
 from neureasoner.evaluation.markdown import source
 from neureasoner.evaluation.report_tables import (
     arms_table,
@@ -173,7 +173,7 @@ def islands(
     kept = [(arm, t) for arm, rows in first.items() for t in rows if t.problem.id in rank]
     kept.sort(key=lambda pair: rank[pair[1].problem.id])
     seen = [view(t) | {"arm": arm, "detail": details.of(arm, t) if details else None} for arm, t in kept]
-    keys = ("arm", "problem", "family", "difficulty", "right", "kinds")
+    keys = ("arm", "problem", "family", "difficulty", "right", "kinds", "judged")
     rows = [
         {"i": i, **{k: v[k] for k in keys}, "question": v["question"][:120], "rules": [e[0] for e in v["events"]]}
         for i, v in enumerate(seen)
@@ -183,6 +183,8 @@ def islands(
         "arms": list(first),
         "pair": main_pair(list(first)),
         "kinds": KINDS,
+        "of_steps": OF_STEPS,
+        "unjudged": UNJUDGED,
         "limits": thresholds(traces),
         "levels": details.levels if details else {},
         "thresholds": details.meta["thresholds"] if details else {},

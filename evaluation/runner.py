@@ -21,6 +21,8 @@ from neureasoner.evaluation.store import Key, SampleStore, check_once, key_of
 from neureasoner.steps import Separators
 from neureasoner.traces import NO_THINKING, InterLabel, IntraLabel, Labels, Problem, Trace
 
+ANSWER = "answer"  # the judge of a final answer alone: of the steps it says nothing, not that they are right
+
 
 def batch_seed(seed: int, sample: int, batch: int) -> int:
     """The seed of a batch: the same in every arm, so arms are paired."""
@@ -54,7 +56,7 @@ def judged(trace: Trace) -> Labels:
     if problem.family in FAMILIES:
         return ExactJudge().judge(trace)
     answer = grading.answer_of(problem, trace.response, final_number=True) if trace.finished else None
-    return Labels(grading.grade(problem, answer), answer, IntraLabel(), InterLabel(), judge="answer")
+    return Labels(grading.grade(problem, answer), answer, IntraLabel(), InterLabel(), judge=ANSWER)
 
 
 def _spans(forced: Sequence[int], offsets: Sequence[int]) -> list[list[int]]:

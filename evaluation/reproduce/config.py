@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from neureasoner.errors import UserError
-from neureasoner.evaluation.config import check_numbers
+from neureasoner.evaluation.config import CAP_HELP, check_numbers
 
 # Table: the command of a recipe whose results it shows.
 READS = {
@@ -53,7 +53,7 @@ class RuntimeConfig:
     out: str = field(metadata={"help": "folder for results.json and results.md"})
     batch_size: int = field(default=32, metadata={"help": "responses decoded together"})
     repeats: int = field(default=3, metadata={"help": "times every batch is timed in each arm, the arms in turn"})
-    max_new_tokens: int = field(default=512, metadata={"help": "cap on generated tokens"})
+    max_new_tokens: int = field(default=0, metadata={"help": CAP_HELP})
     temperature: float = field(default=0.6, metadata={"help": "sampling temperature (0 = greedy)"})
     top_p: float = field(default=0.95, metadata={"help": "nucleus of the sampling"})
     limit: int = field(default=0, metadata={"help": "use only the first so many problems; 0 = all"})
@@ -67,6 +67,6 @@ class RuntimeConfig:
                 raise UserError(f"key '{key}' is empty")
         check_numbers(
             self,
-            positive=("batch_size", "repeats", "max_new_tokens", "resamples"),
-            not_negative=("temperature", "limit", "seed"),
+            positive=("batch_size", "repeats", "resamples"),
+            not_negative=("max_new_tokens", "temperature", "limit", "seed"),
         )

@@ -13,6 +13,7 @@ from neureasoner.commands import COMMANDS
 from neureasoner.errors import UserError
 from neureasoner.evaluation.reproduce.config import READS, ReproduceConfig
 from neureasoner.evaluation.reproduce.paper import choose
+from neureasoner.evaluation.reproduce.planned import check_planned
 from neureasoner.evaluation.reproduce.tables import WRITERS, Found
 from neureasoner.evaluation.results import command_line
 from neureasoner.floor_config import RunConfig
@@ -54,8 +55,8 @@ def title(table: str, found: Found, models: list[tuple[str, str]]) -> list[str]:
 def reproduce(config: ReproduceConfig) -> dict[str, Any]:
     """Command ``reproduce``. Runs what the recipe has not run yet, writes TABLE.md in its run directory, prints it.
 
-    Raises UserError for a recipe without the stages that the table shows, and for a model that the paper has no such
-    figures of, before anything runs.
+    Raises UserError for a recipe without the stages or arms that the table shows, and for a model that the paper has no
+    such figures of, before anything runs.
     """
     table = config.table
     settings = RunConfig(config.recipe or f"reproduce_{table}", config.out, config.set)
@@ -65,6 +66,7 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
         if table == "table4":
             raise UserError("key 'paper': the paper does not say which model its Table 4 is of")
         choose(table, "", config.paper)
+    check_planned(table, stages, listed)
     run_recipe(settings)
     folders = {label: Path(str(s.out)) for label, s in stages.items()}
     results = {label: read_json(f / FILES.get(READS[table], "results.json")) for label, f in folders.items()}

@@ -21,6 +21,7 @@ from neureasoner.errors import UserError
 from neureasoner.evaluation.cells import header, interval, row
 from neureasoner.evaluation.metrics import LEVEL, resampled_means
 from neureasoner.evaluation.metrics import interval as ends_of
+from neureasoner.evaluation.problems import capped
 from neureasoner.evaluation.reproduce.config import RuntimeConfig
 from neureasoner.evaluation.results import command_line, versions
 from neureasoner.evaluation.runner import batch_seed
@@ -109,6 +110,7 @@ def runtime(config: RuntimeConfig) -> dict[str, Any]:
     plan = Plan.load(checkpoint)
     watching = silent(plan)
     problems = read_problems(config.problems)[: config.limit or None]
+    config = capped(config, problems)
     inputs: list[str | Path] = [config.problems, checkpoint / PLAN_FILE, *model_files(config.model)]
     folder = StageFolder(config.out, "evaluation runtime", config, inputs=inputs)
     if folder.done:

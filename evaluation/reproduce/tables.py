@@ -62,10 +62,30 @@ def gain(results: Mapping[str, Any], arm: str, against: str) -> str:
     return f"{points(c)}, {percent(c)}" if c else DASH
 
 
-def _need(results: Mapping[str, Any], label: str, names: Sequence[str], how: str) -> None:
-    missing = [n for n in names if arm_of(results, n) is None]
+# The arms without which a table cannot be written, and how a recipe comes by them.
+NEEDS: dict[str, tuple[list[str], str]] = {
+    "table2": (
+        [NONE, *(f"{WITHOUT}{level}" for level in LEVELS), ALL],
+        "it needs the parts intra, inter and instance and `arms: minus`",
+    ),
+    "table7": (
+        [*(f"{level}_{w}" for level in LEVELS for w in (2, 8)), ALL],
+        "it needs probes of window 4 and these variants",
+    ),
+    "figure5": (["vanilla", "full"], "name both in its `arms`"),
+}
+
+
+def need(table: str, label: str, arms: Sequence[str]) -> None:
+    """Raises UserError naming the arms that ``table`` is written from and a stage lacks."""
+    names, how = NEEDS[table]
+    missing = [n for n in names if n not in arms]
     if missing:
         raise UserError(f"stage '{label}' has no arm {', '.join(missing)}; {how}")
+
+
+def _names(results: Mapping[str, Any]) -> list[str]:
+    return [a["name"] for a in results["arms"]]
 
 
 def methods(found: Found, rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -109,7 +129,7 @@ def table2(found: Found) -> list[str]:
     heads = [h for label in found.results for h in (f"ours: {label}", "full against it")]
     lines = header("variant", *heads, *(h for b in benchmarks for h in (f"paper: {b}", "full against it")))
     for label, results in found.results.items():
-        _need(results, label, list(arms.values()), "it needs the parts intra, inter and instance and `arms: minus`")
+        need("table2", label, _names(results))
     for variant, arm in arms.items():
         cells = [c for r in found.results.values() for c in (ours(r, arm), gain(r, ALL, arm))]
         for b in benchmarks:
@@ -185,8 +205,7 @@ def table7(found: Found) -> list[str]:
     heads = [f"{who}: {w}" for who in ("ours", "paper") for w in (2, 4, 8)]
     lines: list[str] = []
     for label, results in found.results.items():
-        names = [f"{level}_{w}" for level in LEVELS for w in (2, 8)]
-        _need(results, label, [*names, ALL], "it needs probes of window 4 and these variants")
+        need("table7", label, _names(results))
         lines += ["", f"{label}:", ""] if len(found.results) > 1 else []
         lines += header("window of", *heads, "ours: 2 against 4", "ours: 8 against 4")
         for level in LEVELS:
@@ -210,7 +229,7 @@ def figure5(found: Found) -> list[str]:
 
     lines: list[str] = []
     for label, results in found.results.items():
-        _need(results, label, ["vanilla", "full"], "name both in its `arms`")
+        need("figure5", label, _names(results))
         drawn = curves(found.folders[label], ["vanilla", "full"], results)
         lines += ["", f"{label}:", ""] if len(found.results) > 1 else []
         lines += header("k", "vanilla, %", "NeuReasoner (`full`), %", "difference, points")

@@ -18,6 +18,8 @@ from neureasoner.config import closest
 from neureasoner.errors import UserError
 from neureasoner.evaluation.examples import (
     KINDS,
+    OF_STEPS,
+    UNJUDGED,
     false_alarms,
     fits,
     interest,
@@ -25,6 +27,7 @@ from neureasoner.evaluation.examples import (
     is_right,
     main_pair,
     misses,
+    steps_judged,
     thresholds,
 )
 from neureasoner.evaluation.run_folder import load_results, load_traces
@@ -180,6 +183,9 @@ def _traces(config: ShowConfig, arm: str, rival: str, console: Console, plain: b
     what = KINDS.get(config.only, "in all") + (f" against {rival}" if config.only in ("to_right", "to_wrong") else "")
     console.print()
     console.print(Text(f"{len(found)} of {len(rows)} traces of {arm}, {what}; {min(config.traces, len(found))} shown"))
+    blind = sum(not steps_judged(t) for t in rows) if config.only in OF_STEPS else 0
+    if blind:
+        console.print(Text(f"{blind} of them were {UNJUDGED}"))
     limits = thresholds(traces)
     fallback = details.meta["thresholds"] if details else {}
     for other, trace in found[: config.traces]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,41 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     with pytest.raises(UserError, match="no steered checkpoint"):
         evaluate(settings(model=str(checkpoint / "base")))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arms", "gone", "said"),
+    [
+        ("vanilla,intra", "probes/intra/probe.json", "names probe probes/intra, but .*probe.json does not exist"),
+        ("vanilla,full_paper", "probes/paper/inter/probe.safetensors", "names probe probes/paper/inter, but"),
+        ("vanilla,sft_only", "tokenizer", "trigger token <INT(RA|ER)> that the tokenizer lacks"),
+        ("vanilla,wait_penalty", "words", "wait_penalty forbids is a single token .* leave it out"),
+    ],
+)
+def test_what_an_arm_lacks_is_said_before_another_one_runs(
+    settings: Callable[..., Any], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    arms: str, gone: str, said: str, tiny_tokenizer: Any,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(ArmRun, "_generate", lambda *a: pytest.fail("generated"))
+    copy = shutil.copytree(checkpoint / "model", tmp_path / "model")
+    if gone == "tokenizer":
+        tiny_tokenizer.save_pretrained(copy)
+    elif gone == "words":
+        monkeypatch.setattr("neureasoner.inference.baselines.plans.WAIT_WORDS", ("a-word-in-pieces",))
+    else:
+        (copy / gone).unlink()
+    with pytest.raises(UserError, match=said):
+        evaluate(settings(model=str(copy), arms=arms.split(",")))
+
+
+def test_an_arm_needs_what_it_uses(
+    settings: Callable[..., Any], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ArmRun, "_generate", lambda *a: pytest.fail("generated"))
+    copy = shutil.copytree(checkpoint / "model", tmp_path / "model")
+    shutil.rmtree(copy / "probes" / "intra")
+    with pytest.raises(pytest.fail.Exception, match="generated"):  # the base model asks for no probe
+        evaluate(settings(model=str(copy), arms=["vanilla", "no_thinking"]))
 
 
 def test_choose_leaves_out_what_the_checkpoint_lacks() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import time
 from collections import Counter
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 
 from neureasoner.artifacts import read_json
-from neureasoner.evaluation.config import EvaluateConfig
+from neureasoner.errors import UserError
+from neureasoner.evaluation.config import EvaluateConfig, shard_of_launch
 from neureasoner.evaluation.evaluate import evaluate
+from neureasoner.evaluation.runner import ArmRun
 from neureasoner.evaluation.store import Key, key_of
 from neureasoner.traces import Trace, read_traces
 
@@ -110,6 +113,63 @@ def work(settings: Callable[..., EvaluateConfig]) -> EvaluateConfig:
 
 def test_killed_three_times(work: EvaluateConfig, tmp_path: Path) -> None:
     assert kill_and_resume(work, tmp_path, parts=9, kills=3, seed=1) >= 2
+
+
+def launched(config: EvaluateConfig, rank: int, log: Path) -> None:
+    """What ``accelerate launch`` starts: one process of two. Notes in ``log`` what it generates."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    generate = ArmRun._generate
+
+    def noted(self: ArmRun, *job: int) -> list[Trace]:
+        with log.open("a") as f:
+            f.write(f"{self.arm.name} {job}\n")
+        return generate(self, *job)
+
+    ArmRun._generate = noted  # type: ignore[method-assign]
+    evaluate(config)
+
+
+def test_processes_of_one_launch_share_the_work(work: EvaluateConfig, tmp_path: Path) -> None:
+    straight, out = tmp_path / "straight", tmp_path / "shared"
+    logs = [tmp_path / f"log{rank}" for rank in range(2)]
+    two = [
+        FORKS.Process(target=launched, args=(replace(work, out=str(out)), rank, log)) for rank, log in enumerate(logs)
+    ]
+    for process in two:
+        process.start()
+    evaluate(replace(work, out=str(straight)))
+    for process in two:
+        process.join(100)
+        assert process.exitcode == 0
+    first, second = (log.read_text().splitlines() for log in logs)
+    wanted = [f"{arm} {(0, batch, 0)}" for arm in ("vanilla", "full") for batch in range(3)]
+    assert first and second and sorted(first + second) == sorted(wanted), "each part once, by one of the two"
+    assert not (out / "results.json").exists(), "random_trigger waits for all of full"
+    evaluate(replace(work, out=str(out)))
+    expected, found = samples(straight), samples(out)
+    assert found.keys() == expected.keys()
+    assert all((found[k].response_ids, found[k].events) == (t.response_ids, t.events) for k, t in expected.items())
+    a, b = (read_json(d / "results.json") for d in (straight, out))
+    assert [[arm[k] for k in NUMBERS] for arm in a["arms"]] == [[arm[k] for k in NUMBERS] for arm in b["arms"]]
+
+
+@pytest.mark.parametrize(
+    ("environ", "shard"),
+    [
+        ({}, ""),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, ""),
+        ({"WORLD_SIZE": "4", "RANK": "3"}, "3/4"),
+        ({"RANK": "3"}, ""),
+        ({"WORLD_SIZE": "4"}, None),
+        ({"WORLD_SIZE": "4", "RANK": "4"}, None),
+    ],
+)
+def test_the_share_of_a_process(environ: dict[str, str], shard: str | None) -> None:
+    if shard is not None:
+        assert shard_of_launch(environ) == shard
+    else:
+        with pytest.raises(UserError, match=r"WORLD_SIZE=4, but RANK is .*give --shard, or unset WORLD_SIZE"):
+            shard_of_launch(environ)
 
 
 @pytest.mark.slow

@@ -240,6 +240,19 @@ def test_false_alarms_and_misses() -> None:
     assert false_alarms(closed) == [] and misses(closed) == []
 
 
+@pytest.mark.parametrize("rule", ["intra", "inter", "instance"])
+def test_where_only_answers_were_graded_nothing_is_said_of_steps(rule: str) -> None:
+    from neureasoner.evaluation.runner import judged
+
+    seen = trace(1, "full", False, acted=True)
+    seen.problem.family, seen.problem.answer, seen.events[0]["rule"] = "gsm8k", "3", rule
+    seen.labels = judged(seen)
+    assert not seen.labels.correct and not view(seen)["judged"]
+    assert view(seen)["alarms"] == view(seen)["misses"] == []
+    assert not {"false_alarm", "missed", "error", "circle"} & set(view(seen)["kinds"])
+    assert view(trace(1, "full", False, acted=True))["judged"]
+
+
 def test_flips_need_another_trace() -> None:
     right, wrong = trace(1, "full", True), trace(1, "vanilla", False)
     assert fits("to_right", right, wrong) and not fits("to_wrong", right, wrong)

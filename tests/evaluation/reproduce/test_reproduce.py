@@ -252,6 +252,86 @@ def test_what_cannot_be_reproduced_is_named_first(recipe: Callable[..., str], mo
         reproduce(ReproduceConfig("table2", "nowhere"))
 
 
+VARIANTS = {f"{level}_{w}": {level: "x"} for level in ("intra", "inter", "instance") for w in (2, 8)}
+
+
+@pytest.mark.parametrize(
+    ("table", "command", "settings", "said"),
+    [
+        ("figure5", "evaluate", {"arms": ["vanilla", "full"], "samples": 2}, "draws 2 samples .* needs at least 4"),
+        ("figure5", "evaluate", {"arms": ["vanilla", "intra"], "samples": 64}, "has no arm full; name both"),
+        ("figure5", "evaluate", {"arms": ["random_trigger"], "samples": 64}, "has no arm vanilla; name both"),
+        ("table2", "combine", {"arms": "whole"}, "has no arm without_intra, without_inter, without_instance; it needs"),
+        ("table2", "combine", {"parts": {"intra": ["intra"], "rest": ["inter", "instance"]}}, "no arm without_intra"),
+        ("table7", "combine", {"arms": "whole"}, "has no arm intra_2, intra_8, .*instance_8; it needs probes"),
+        ("table7", "combine", {"variants": dict(list(VARIANTS.items())[:-1])}, "has no arm instance_8; it needs"),
+    ],
+)
+def test_what_a_stage_will_not_show_is_named_first(
+    recipe: Callable[..., str], monkeypatch: Any, table: str, command: str, settings: dict[str, Any], said: str
+) -> None:
+    from neureasoner.evaluation.reproduce import reproduce as module
+
+    monkeypatch.setattr(module, "run_recipe", lambda *a: pytest.fail("ran"))
+    with pytest.raises(UserError, match=f"stage 'words'.* {said}"):
+        reproduce(ReproduceConfig(table, recipe({command: settings, "as": "words"})))
+
+
+def test_what_is_set_beside_the_recipe_counts(monkeypatch: Any) -> None:
+    from neureasoner.evaluation.reproduce import reproduce as module
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(module, "run_recipe", lambda *a: pytest.fail("ran"))
+    with pytest.raises(UserError, match=r"stage 'generated problems' draws 2 samples .* at least 4: set samples=64"):
+        reproduce(ReproduceConfig("figure5", set=["generated problems.samples=2"]))
+
+
+@pytest.mark.parametrize(
+    ("table", "command", "settings"),
+    [
+        ("figure5", "evaluate", {"arms": ["vanilla", "random_trigger"], "samples": 4}),
+        ("figure5", "evaluate", {"samples": 64}),
+        ("table2", "combine", {"arms": "factorial"}),
+        ("table2", "combine", {"arms": "minus", "model": "run:made later"}),
+        ("table7", "combine", {"arms": "whole", "variants": VARIANTS}),
+    ],
+)
+def test_a_recipe_that_will_show_all_of_it_runs(
+    recipe: Callable[..., str], monkeypatch: Any, table: str, command: str, settings: dict[str, Any]
+) -> None:
+    from neureasoner.evaluation.reproduce import reproduce as module
+
+    monkeypatch.setattr(module, "run_recipe", lambda *a: pytest.fail("ran"))
+    with pytest.raises(pytest.fail.Exception, match="ran"):
+        reproduce(ReproduceConfig(table, recipe({command: settings, "as": "words"})))
+
+
+def test_shipped_recipes_will_show_all_of_it(monkeypatch: Any) -> None:
+    from neureasoner.evaluation.reproduce import reproduce as module
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(module, "run_recipe", lambda *a: pytest.fail("ran"))
+    for table in READS:
+        with pytest.raises(pytest.fail.Exception, match="ran"):
+            reproduce(ReproduceConfig(table))
+
+
+def test_figure5_of_programs_is_refused_first(
+    recipe: Callable[..., str], programs: tuple[str, str, str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    from neureasoner.evaluation.reproduce import reproduce as module
+
+    monkeypatch.setattr(module, "run_recipe", lambda *a: pytest.fail("ran"))
+    there = recipe({"evaluate": {"samples": 64, "problems": programs[0]}})
+    with pytest.raises(UserError, match=r"stage 'evaluate': .*a\.jsonl asks for programs, which have no majority"):
+        reproduce(ReproduceConfig("figure5", there))
+    text = yaml.safe_load(Path(recipe({"evaluate": {"samples": 64, "problems": "run:lcb/problems.jsonl"}})).read_text())
+    text["stages"].insert(0, {"evaluation benchmark": {"name": "livecodebench", "out": "run:lcb"}})
+    (tmp_path / "made.yaml").write_text(yaml.safe_dump(text))
+    with pytest.raises(UserError, match="asks for programs"):
+        reproduce(ReproduceConfig("figure5", str(tmp_path / "made.yaml")))
+
+
 def test_the_papers_own_model_is_said_to_be_it(recipe: Callable[..., str], tmp_path: Path) -> None:
     file = recipe({"combine": {"arms": "minus", "samples": 1}, "as": "MATH500"})
     reproduce(ReproduceConfig("table2", file))

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from neureasoner.artifacts import read_tensors
-from neureasoner.evaluation.examples import KINDS
+from neureasoner.artifacts import read_tensors, write_text
+from neureasoner.evaluation.examples import KINDS, UNJUDGED
 from neureasoner.evaluation.report import write_report
 from neureasoner.traces import Trace
 
@@ -288,3 +288,16 @@ def test_without_details_nothing_is_promised(page: Any, run: Path, tmp_path: Pat
     assert "`neureasoner evaluation details` does it" in page.js("document.getElementById('traces').textContent")
     page.key("l")
     assert "step" in texts(page, ".note")[0]
+
+
+def test_an_empty_filter_says_why_where_no_step_was_judged(page: Any, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "results.json").symlink_to(run / "results.json")
+    for arm in ("vanilla", "full"):
+        text = (run / "traces" / f"{arm}.jsonl").read_text().replace('"judge": "exact"', '"judge": "answer"')
+        text = text.replace('"has_error": true', '"has_error": false')
+        write_text(tmp_path / "traces" / f"{arm}.jsonl", text)
+    page.open(write_report(tmp_path, 20))
+    for kind in ("false_alarm", "missed", "error", "circle", "cut"):
+        choose(page, "kind", kind)
+        said = ["No trace fits these filters." + (f" 10 of 10 were {UNJUDGED}." if kind != "cut" else "")]
+        assert texts(page, ".empty") == said, kind

@@ -13,6 +13,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from neureasoner.artifacts import write_text
 from neureasoner.cli import main
 from neureasoner.errors import UserError
 from neureasoner.evaluation.viewer.config import ShowConfig
@@ -56,6 +57,17 @@ def test_filters_and_arms(run: Path) -> None:
     alone = shown(run, beside="none", traces=1, search="Question 5?")
     assert "│ full" not in alone and "2✗" in alone
     assert "traces of" not in shown(run, traces=0)
+
+
+def test_a_filter_that_needs_judged_steps_says_so_where_they_were_not(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "results.json").symlink_to(run / "results.json")
+    for arm in ("vanilla", "full"):
+        text = (run / "traces" / f"{arm}.jsonl").read_text().replace('"judge": "exact"', '"judge": "answer"')
+        write_text(tmp_path / "traces" / f"{arm}.jsonl", text)
+    said = shown(tmp_path, 200, only="false_alarm")
+    assert "0 of 100 traces of full" in said and "100 of them were not judged step by step" in said
+    assert "not judged" not in shown(tmp_path, 200, only="right", traces=1) + shown(run, 200, only="circle")
+    assert "false alarm" not in shown(tmp_path, 200, traces=100)
 
 
 def test_hostile_text_does_not_act(run: Path) -> None:
