@@ -5,7 +5,7 @@ Every arm answers the same problems with the same seeds, at the same sampling an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,8 @@ class Arm:
 
     model     ``base`` (the vanilla model) or ``steered`` (the trained one)
     rules     rules of the plan to keep; ``all``, none, or names
-    trigger   who pulls: ``probe`` (the chosen ones), ``paper`` (spectral only), ``random``, ``oracle``
+    trigger   who pulls: ``probe`` (the chosen ones), ``paper`` (spectral only), ``random``, ``oracle``; or another
+              control of the plan, ``flipped`` or ``random_direction`` (``inference/controls.py``)
     needs     arms measured first, because this one takes a number from them
     baseline  how it decodes, a name of ``inference.baselines``; such an arm runs only when asked for by name
     nothinking  the thinking is closed in the prompt; the prefill is counted all the same
@@ -72,6 +73,13 @@ ARMS: dict[str, Arm] = {
             needs=(FULL, NO_THINKING),
         ),
         Arm("oracle_trigger", "all rules pulled by the exact judge: the ceiling", rules=("all",), trigger="oracle"),
+        Arm("flipped", "all rules, their strengths with the other sign", rules=("all",), trigger="flipped"),
+        Arm(
+            "random_direction",
+            "all rules, along random directions of equal norm",
+            rules=("all",),
+            trigger="random_direction",
+        ),
         Arm(
             "no_thinking_share",
             "the base model with as many thinkings closed at once as full closes, drawn by a coin",
@@ -99,8 +107,20 @@ ARMS: dict[str, Arm] = {
     )
 }
 
+STEERED = ("flipped", "random_direction")
+LACKS = {  # what a plan has to have for a control, in words
+    "random": "forces a text on an alarm that a coin could pull",
+    "oracle": "forces a text on an alarm that the judge could pull",
+    "flipped": "has a sign to flip",
+    "random_direction": "has a direction",
+}
+
 # Whom each arm is compared with, paired by problem, besides vanilla.
-RIVALS = {FULL: ("random_trigger", "sft_only", "full_paper", VOTE), "oracle_trigger": (FULL,), "full_paper": (RANDOM,)}
+RIVALS = {
+    FULL: ("random_trigger", "random_direction", "sft_only", "full_paper", VOTE),
+    "oracle_trigger": (FULL,),
+    "full_paper": (RANDOM,),
+}
 
 
 def choose(
@@ -110,12 +130,13 @@ def choose(
     plain: bool = False,
     exact: bool = True,
     votable: bool = True,
+    controls: Collection[str] = tuple(LACKS),
 ) -> tuple[list[Arm], dict[str, str]]:
     """Arms to run, in an order in which needs come first, and why others are left out.
 
     ``plain``: the model is no steered checkpoint; ``exact``: the exact judge knows the problems; ``votable``: their
-    answers can be voted over (programs cannot). No names means all that can run but the baselines. Raises UserError for
-    an unknown arm, or a named one that cannot run.
+    answers can be voted over (programs cannot); ``controls``: ``controls_of`` the plan. No names means all that can run
+    but the baselines. Raises UserError for an unknown arm, or a named one that cannot run.
     """
     rules, skipped, wanted = set(rules), {}, []
     for name in names:
@@ -132,6 +153,8 @@ def choose(
             return "the plan has no rules"
         if arm.trigger == "paper" and not has_paper:
             return "the checkpoint has no probes/paper"
+        if arm.trigger in LACKS and arm.trigger not in controls:
+            return f"no rule of the plan {LACKS[arm.trigger]}"
         if arm.trigger == "oracle" and not exact:
             return "the exact judge knows the generators' problems only"
         if arm.vote and not votable:
@@ -140,7 +163,8 @@ def choose(
             return "Think or Not has no recipe for programs"
         return ""
 
-    for name in names or [a.name for a in ARMS.values() if not a.baseline]:
+    unasked = {a.name for a in ARMS.values() if a.baseline or (a.trigger in STEERED and a.trigger not in controls)}
+    for name in names or [n for n in ARMS if n not in unasked]:
         reason = why_not(ARMS[name])
         if reason and names:
             again = "" if plain or ARMS[name].model == "base" else " or assemble again"
@@ -156,6 +180,13 @@ def choose(
     full_set = set(wanted) | {need for n in wanted for need in ARMS[n].needs}
     first = [a for a in ARMS.values() if a.name in full_set and not a.needs]
     return first + [a for a in ARMS.values() if a.name in full_set and a.needs], skipped
+
+
+def controls_of(plan: Plan) -> set[str]:
+    """Which controls of ``LACKS`` a plan can be put under."""
+    signed = any(not r.forces and r.action.kind != "set" and r.strength.value for r in plan.rules)
+    found = {"random", "oracle"} if _alarmed(plan) else set()
+    return found | ({"flipped"} if signed else set()) | ({"random_direction"} if plan.direction_paths else set())
 
 
 def votes(full_tokens: float, answer_tokens: float) -> int:
@@ -263,12 +294,17 @@ def as_baseline(base: SteeredModel, arm: Arm, settings: Mapping[str, Any]) -> St
 
 def with_rules(steered: SteeredModel, arm: Arm, rates: dict[str, float] | None = None) -> SteeredModel:
     """The checkpoint under this arm's plan. ``rates``: the coins of ``random_trigger``."""
+    from neureasoner.inference.controls import flipped, random_direction
     from neureasoner.inference.plan import Plan
 
     if not arm.rules:
         return steered.with_plan(Plan("none", folder=steered.plan.folder))
     if arm.trigger == "paper":
         return steered.paper()
+    if arm.trigger == "flipped":
+        return steered.with_plan(flipped(steered.plan))
+    if arm.trigger == "random_direction":
+        return steered.with_plan(*random_direction(steered.plan, steered.directions, seed=0))
     plan = steered.plan if arm.rules == ("all",) else steered.plan.select(arm.rules)
     if arm.trigger == "random":
         plan = plan.replace_triggers({name: {"random": (rates or {})[name]} for name in _alarmed(plan)})

@@ -26,6 +26,7 @@ from neureasoner.evaluation.arms import (
     baseline_settings,
     choose,
     closed_share,
+    controls_of,
     measured_rates,
     thinking_of,
     votes,
@@ -182,13 +183,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     exact = all(p.family in FAMILIES for p in problems)
     config = capped(config, problems)
     model = Path(resolve(config.model))
+    plan = Plan("none") if card is None else Plan.load(model)
     arms, skipped = choose(
         config.arms,
-        [] if card is None else Plan.load(model).names,
+        plan.names,
         (model / "probes" / "paper").is_dir(),
         plain=card is None,
         exact=exact,
         votable=not any(map(is_program, problems)),
+        controls=controls_of(plan),
     )
     base = _base(config, card)
     if not base and any(a.model == "base" for a in arms):

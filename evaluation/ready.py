@@ -47,8 +47,8 @@ def _check_steered(folder: Path, paper: bool) -> None:
     from neureasoner.inference.plan import Plan
     from neureasoner.inference.steered import (
         SteeredModel,
-        _check_reachable,
-        _check_tokenizer,
+        check_reachable,
+        check_tokenizer,
         load_directions,
         load_gates,
         load_probes,
@@ -57,13 +57,13 @@ def _check_steered(folder: Path, paper: bool) -> None:
 
     plan, tokenizer = Plan.load(folder), load_tokenizer(str(folder))
     card: dict[str, Any] = read_json(folder / CARD) if (folder / CARD).is_file() else {}
-    _check_tokenizer(folder, card, tokenizer)
+    check_tokenizer(folder, card, tokenizer)
     plans = [plan]
     if paper:  # the plan alone, without a model to put it on
         bare = SimpleNamespace(plan=plan, with_plan=lambda changed: changed)
         plans.append(cast(Plan, SteeredModel.paper(cast(Any, bare))))
     for each in plans:
-        _check_reachable(each, load_probes(each))
+        check_reachable(each, load_probes(each))
         load_directions(each)
         load_gates(each)
         each.forced_ids(tokenizer)

@@ -87,7 +87,7 @@ def _loaded(
     return found
 
 
-def _check_reachable(plan: Plan, probes: Mapping[str, Any]) -> None:
+def check_reachable(plan: Plan, probes: Mapping[str, Any]) -> None:
     """Raises UserError for a threshold that no probability exceeds (a decision rule's statistic may)."""
     for rule in plan.rules:
         t = rule.trigger
@@ -102,7 +102,7 @@ def _check_reachable(plan: Plan, probes: Mapping[str, Any]) -> None:
             )
 
 
-def _check_tokenizer(folder: Path, card: Mapping[str, Any], tokenizer: Any) -> None:
+def check_tokenizer(folder: Path, card: Mapping[str, Any], tokenizer: Any) -> None:
     """Raises UserError for a tokenizer that is not the one the checkpoint was assembled with: the ids of its texts
     would mean other tokens, and nothing else would notice."""
     from neureasoner.models import tokenizer_fingerprint
@@ -141,7 +141,7 @@ class SteeredModel:
         self.model, self.tokenizer, self.plan = model, tokenizer, plan
         self.accept = list(accept)
         self.probes = load_probes(plan, probes)
-        _check_reachable(plan, self.probes)
+        check_reachable(plan, self.probes)
         self.directions, self.gates = load_directions(plan, directions), load_gates(plan, gates)
         for origin in (*self.probes.values(), *self.gates.values()):  # once: hashing a large model takes a while
             if origin.model_fingerprint not in self.accept:
@@ -173,9 +173,9 @@ class SteeredModel:
             plan = Plan.load(plan)
         # small files first: a model that takes minutes to load is not loaded for a plan that lacks one
         probes, directions, gates = load_probes(plan), load_directions(plan), load_gates(plan)
-        _check_reachable(plan, probes)
+        check_reachable(plan, probes)
         card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
-        _check_tokenizer(folder, card, load_tokenizer(str(folder)))
+        check_tokenizer(folder, card, load_tokenizer(str(folder)))
         model, tokenizer = load(str(folder), device=device, dtype=dtype)
         accept = [card["base_fingerprint"]] if card.get("base_fingerprint") else []
         steered = cls(model, tokenizer, plan, probes, accept, directions, gates)
