@@ -147,9 +147,12 @@ class AdapterLM(TemplateLM):
         _, closed, answer = generation.text.rpartition(THINK_CLOSE)
         if not closed and (prompt.rstrip().endswith(THINK_OPEN) or THINK_OPEN in answer):
             return ""  # the cap fell into the thought: there is no answer
+        answer = (
+            answer.lstrip() if closed else answer
+        )  # else a blank line as stop text would leave nothing of any answer
         for stop in [*stops, str(self.tokenizer.eos_token)]:
             answer = answer.split(stop, 1)[0] if stop else answer
-        return answer.lstrip() if closed else answer
+        return answer
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any

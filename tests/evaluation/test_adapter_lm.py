@@ -79,7 +79,7 @@ def test_stop_texts_count_after_the_thinking_only(lm: Any) -> None:
         generation = SimpleNamespace(text=text, prompt_ids=lm.tok_encode(prompt))
         return str(lm._answer(generation, stops))
 
-    assert answer("One.\n\nTwo.\n</think>\n\nIt is 5.\n\nQ: next", "<think>\n", ["\n\n"]) == ""
+    assert answer("One.\n\nTwo.\n</think>\n\nIt is 5.\n\nQ: next", "<think>\n", ["\n\n"]) == "It is 5."
     assert answer("One.\n\nTwo.\n</think>\n\nIt is 5.\n\nQ: next", "<think>\n", ["Q:"]) == "It is 5.\n\n"
     assert answer("One.\n\nTwo.", "<think>\n", ["\n\n"]) == ""  # cut off in its thought
     assert answer("<think>\nOne.", "A:", []) == ""
@@ -160,14 +160,27 @@ def test_rolling_log_likelihood_is_that_of_the_whole_text(lm: Any) -> None:
 
 @needs_harness
 def test_a_task_runs_unchanged_from_a_file(lm: Any, tmp_path: Path, make_task: Callable[..., Any]) -> None:
+    """Golds are what the model says, worked out here, for three of four rows: so accuracy is 3/4 and nothing else."""
     import lm_eval
 
-    tasks = make_task(["7", "9", "11", "13"])
+    questions = [f"Calculate {i} + {7 + i}." for i in range(4)]
+    for name, probe in lm.model.probes.items():  # the thinking is closed at its third step, always
+        probe.threshold = 0.0 if name == "probes/instance" else 1.1
+    golds, labels = [], []
+    for question in questions:
+        [said] = lm.model.generate([question], max_new_tokens=100, temperature=0)
+        golds.append(said.text.partition("</think>")[2].split("<|im_end|>")[0].lstrip().split("\n\n")[0])
+        prompt = lm.tok_encode(lm.apply_chat_template([{"role": "user", "content": question}]))
+        scores = [slow_log_p(lm.model.model, prompt, lm.tok_encode(choice))[0] for choice in ("5", "6")]
+        labels.append(int(scores[1] > scores[0]))
+    assert sum(map(bool, golds)) >= 2
+    golds[3], labels[3] = "something else", 1 - labels[3]
+    tasks = make_task(questions, golds, labels)
     results = lm_eval.simple_evaluate(
         model=lm, tasks=["sums", "choice"], task_manager=tasks, apply_chat_template=True, bootstrap_iters=0, limit=4
     )
-    assert 0 <= results["results"]["sums"]["exact_match,none"] <= 1
-    assert 0 <= results["results"]["choice"]["acc,none"] <= 1
+    assert results["results"]["sums"]["exact_match,none"] == 0.75
+    assert results["results"]["choice"]["acc,none"] == 0.75
     assert results["config"]["neureasoner_rules"] == ["instance", "inter", "intra"]
     assert results["config"]["neureasoner_counts"]["responses"] == 4
     assert "plain model" in results["config"]["loglikelihood"]
@@ -177,13 +190,12 @@ def test_a_task_runs_unchanged_from_a_file(lm: Any, tmp_path: Path, make_task: C
 def make_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A task that generates and one that compares likelihoods, on a local file."""
 
-    def make(golds: list[str]) -> Any:
+    def make(questions: list[str], golds: list[str], labels: list[int]) -> Any:
         from lm_eval.tasks import TaskManager
 
         monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-        rows = [
-            {"question": f"Calculate {i} + {int(g) - i}.", "answer": g, "label": i % 2} for i, g in enumerate(golds)
-        ]
+        columns = zip(questions, golds, labels, strict=True)
+        rows = [{"question": q, "answer": g, "label": label} for q, g, label in columns]
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         common = (
             f"dataset_path: json\ndataset_kwargs:\n  data_files: {{test: {tmp_path / 'rows.jsonl'}}}\n"
@@ -191,7 +203,7 @@ def make_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         )
         (tmp_path / "sums.yaml").write_text(
             f'task: sums\n{common}output_type: generate_until\ndoc_to_target: "{{{{answer}}}}"\n'
-            'generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 40}\n'
+            'generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 100}\n'
             "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
         )
         (tmp_path / "choice.yaml").write_text(
