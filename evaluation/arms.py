@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from neureasoner.inference.steered import SteeredModel
 
 VANILLA, FULL, RANDOM, VOTE, NO_THINKING = "vanilla", "full", "random_trigger", "self_consistency", "no_thinking"
-BUDGET = 0.5  # a baseline's budget, as a share of vanilla's mean thinking
+SHARES = (0.25, 0.5, 0.75)  # budgets, as shares of vanilla's mean thinking: the points of a budget's curve
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class Arm:
     trigger   who pulls: ``probe`` (the chosen ones), ``paper`` (spectral only), ``random``, ``oracle``; or another
               control of the plan, ``flipped`` or ``random_direction`` (``inference/controls.py``)
     needs     arms measured first, because this one takes a number from them
-    baseline  how it decodes, a name of ``inference.baselines``; such an arm runs only when asked for by name
+    baseline  how it decodes, a name of ``inference.baselines``
+    default   whether it runs without being asked for by name
+    share     a budget's share of vanilla's mean thinking
     nothinking  the thinking is closed in the prompt; the prefill is counted all the same
     """
 
@@ -45,6 +47,8 @@ class Arm:
     vote: bool = False
     needs: tuple[str, ...] = ()
     baseline: str = ""
+    default: bool = True
+    share: float = 0.5
 
     @property
     def plain(self) -> bool:
@@ -93,12 +97,24 @@ ARMS: dict[str, Arm] = {
             model="base",
             baseline="budget_forcing",
             needs=(VANILLA,),
+            default=False,
         ),
         *(
-            Arm(name, about, model="base", baseline=name, needs=needs)
+            Arm(
+                name if share == 0.5 else f"{name}_{share:.0%}".rstrip("%"),
+                f"the base model {what} after {share:.0%} of vanilla's mean thinking",
+                model="base",
+                baseline=name,
+                needs=(VANILLA,),
+                default=False,
+                share=share,
+            )
+            for name, what in (("budget_forcing", "made to answer"), ("thinking_budget", "made to end its thinking"))
+            for share in SHARES
+        ),
+        *(
+            Arm(name, about, model="base", baseline=name, needs=needs, default=False)
             for name, about, needs in (
-                ("budget_forcing", "the base model made to answer after half of vanilla's mean thinking", (VANILLA,)),
-                ("thinking_budget", "the base model's thinking closed after half of vanilla's mean", (VANILLA,)),
                 ("wait_penalty", "the base model without wait-like words", ()),
                 ("think_or_not", "the base model's thinking closed once its answers agree", ()),
                 ("alpha_one", "the base model made to think slowly, then fast (AlphaOne)", (VANILLA,)),
@@ -117,7 +133,7 @@ LACKS = {  # what a plan has to have for a control, in words
 
 # Whom each arm is compared with, paired by problem, besides vanilla.
 RIVALS = {
-    FULL: ("random_trigger", "random_direction", "sft_only", "full_paper", VOTE),
+    FULL: ("random_trigger", "random_direction", "sft_only", "full_paper", VOTE, "no_thinking_share"),
     "oracle_trigger": (FULL,),
     "full_paper": (RANDOM,),
 }
@@ -136,7 +152,7 @@ def choose(
 
     ``plain``: the model is no steered checkpoint; ``exact``: the exact judge knows the problems; ``votable``: their
     answers can be voted over (programs cannot); ``controls``: ``controls_of`` the plan. No names means all that can run
-    but the baselines. Raises UserError for an unknown arm, or a named one that cannot run.
+    of the default ones. Raises UserError for an unknown arm, or a named one that cannot run.
     """
     rules, skipped, wanted = set(rules), {}, []
     for name in names:
@@ -151,6 +167,8 @@ def choose(
             return f"the plan has no rule {missing[0]} (its probe was not fitted)"
         if arm.rules and not rules:
             return "the plan has no rules"
+        if arm.name == "no_thinking_share" and "instance" not in rules:
+            return "the plan has no rule instance, so there is no share to draw at"
         if arm.trigger == "paper" and not has_paper:
             return "the checkpoint has no probes/paper"
         if arm.trigger in LACKS and arm.trigger not in controls:
@@ -163,7 +181,7 @@ def choose(
             return "Think or Not has no recipe for programs"
         return ""
 
-    unasked = {a.name for a in ARMS.values() if a.baseline or (a.trigger in STEERED and a.trigger not in controls)}
+    unasked = {a.name for a in ARMS.values() if not a.default or (a.trigger in STEERED and a.trigger not in controls)}
     for name in names or [n for n in ARMS if n not in unasked]:
         reason = why_not(ARMS[name])
         if reason and names:
@@ -252,10 +270,10 @@ def thinking_of(vanilla: Iterable[Trace]) -> float:
     """Mean thinking tokens of vanilla's run: N_think of core.md §5.2. Raises UserError where nothing was thought."""
     lengths = [int(t.meta.get("thinking_tokens", 0)) for t in vanilla]
     mean = sum(lengths) / max(len(lengths), 1)
-    if mean * BUDGET < 1:
+    if mean < 2:
         raise UserError(
             f"vanilla's responses have {mean:.1f} tokens of thinking on average, so none to shorten; leave out "
-            + ", ".join(a.name for a in ARMS.values() if a.baseline and VANILLA in a.needs)
+            + ", ".join(a.name for a in ARMS.values() if a.baseline and VANILLA in a.needs and a.share == 0.5)
         )
     return mean
 
@@ -270,7 +288,7 @@ def baseline_settings(arm: Arm, problems: Sequence[Problem], thinking: float, sh
     """What a baseline is run with here (docs/evaluation.md). ``thinking``: of ``thinking_of``, where it needs vanilla;
     ``share``: of ``closed_share``, where it needs full.
 
-    The rule: AlphaOne's N_think is ``thinking``; a budget is half of it, rounded.
+    The rule: AlphaOne's N_think is ``thinking``; a budget is the arm's share of it, rounded.
     """
     if arm.baseline == "no_thinking":
         return {"share": share}
@@ -279,7 +297,7 @@ def baseline_settings(arm: Arm, problems: Sequence[Problem], thinking: float, sh
     key = {"alpha_one": "n_think", "thinking_budget": "tokens", "budget_forcing": "budget"}.get(arm.baseline)
     if key is None:
         return {}
-    settings: dict[str, Any] = {key: thinking if key == "n_think" else round(BUDGET * thinking)}
+    settings: dict[str, Any] = {key: thinking if key == "n_think" else max(1, round(arm.share * thinking))}
     return settings | ({"no_thinking": True} if arm.name == "no_thinking_budget" else {})
 
 

@@ -153,6 +153,14 @@ def tradeoff(arms: Sequence[dict]) -> str:
     frame.right = 130
     frame.axes("mean tokens per answer (fewer is better)", "accuracy", percent=(False, True))
     labels = _spread([frame.py(a["accuracy"]) for a in arms], 13)
+    curves: dict[str, list[tuple[float, float]]] = {}  # one baseline at several budgets: budget, budget_25, budget_75
+    for arm in arms:
+        stem, _, share = arm["name"].rpartition("_")
+        curves.setdefault(stem if share.isdigit() else arm["name"], []).append((arm["tokens_mean"], arm["accuracy"]))
+    names = [a["name"] for a in arms]
+    for name, points in curves.items():
+        if len(points) > 1:
+            frame.path(sorted(points), colour(name, names.index(name) if name in names else len(names)), name)
     for i, (arm, label) in enumerate(zip(arms, labels, strict=True)):
         shade, x, y = colour(arm["name"], i), frame.px(arm["tokens_mean"]), frame.py(arm["accuracy"])
         (x0, x1), (y0, y1) = arm["tokens_ci"], arm["accuracy_ci"]

@@ -75,13 +75,14 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
         "sft_only": "Against the trained model left alone, full",
         "full_paper": "Against the paper's spectral probes, full",
         "self_consistency": "Against a majority vote of equal cost, full",
+        "no_thinking_share": "Against a coin that closes as many thinkings at once, full",
     }
     for rival, start in names.items():
         c = comparison(results, FULL, rival)
         if c:
             said.append(f"{start} {_gain(c)}.")
     alone = arm_of(results, FULL) is None
-    for name in (n for n, arm in ARMS.items() if arm.baseline or alone):
+    for name in (n for n, arm in ARMS.items() if (arm.baseline and not arm.default) or alone):
         c = comparison(results, name, VANILLA)
         if c:
             said.append(f"Against vanilla, {name} {_gain(c)}.")

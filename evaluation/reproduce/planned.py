@@ -36,7 +36,7 @@ def planned_arms(stage: Stage) -> list[str] | None:
     """The arms that a stage `evaluate` or `combine` will run; None where that is not known yet."""
     config = stage.config
     if isinstance(config, EvaluateConfig):
-        named = config.arms or [a.name for a in ARMS.values() if not a.baseline]
+        named = config.arms or [a.name for a in ARMS.values() if a.default]
         return [n for name in named for n in (name, *(ARMS[name].needs if name in ARMS else ()))]
     assert isinstance(config, CombineConfig)
     parts = list(config.parts)

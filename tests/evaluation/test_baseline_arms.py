@@ -115,18 +115,25 @@ def test_decoders_stay_decoders(checkpoint: Path) -> None:
     settings = {name: baseline_settings(ARMS[name], [], 40.0) for name in BASELINES}
     made = {name: as_baseline(base, ARMS[name], settings[name]) for name in BASELINES}
     assert {n for n, m in made.items() if isinstance(m, Decoder)} == {
+        "budget_forcing_25",
         "budget_forcing",
+        "budget_forcing_75",
         "no_thinking_budget",
         "think_or_not",
         "alpha_one",
     }
+    budgets = [made[f"thinking_budget{end}"].plan.rules[0].trigger.min_tokens for end in ("_25", "", "_75")]
+    assert budgets == [10, 20, 30] == [made[f"budget_forcing{end}"].budget for end in ("_25", "", "_75")]
     assert made["budget_forcing"].budget == made["thinking_budget"].plan.rules[0].trigger.min_tokens == 20
     assert made["alpha_one"].moment == pytest.approx(1.4 * 40) and made["think_or_not"].same is same_answer
     assert all(m.model is base.model for m in made.values()), "the weights are shared"
 
 
 def test_baselines_run_only_when_named_and_where_they_can() -> None:
-    assert NEEDS_FULL + list(RULES) == BASELINES
+    assert NEEDS_FULL + list(RULES) == [name for name in BASELINES if not name[-1].isdigit()]
+    found = {a.name for a in choose([], ["instance", "intra"], True)[0]}
+    assert "no_thinking_share" in found, "every report of an instance rule needs it"
+    assert choose([], ["intra"], True)[1]["no_thinking_share"].startswith("the plan has no rule instance")
     with pytest.raises(UserError, match="arm 'no_thinking_share' cannot run: the model is no steered checkpoint"):
         choose(NEEDS_FULL, [], False, plain=True)
     assert not {a.name for a in choose([], ["intra"], True)[0]} & set(RULES)

@@ -19,7 +19,7 @@ from neureasoner.evaluation.runner import ArmRun, outcomes, same_answer
 from neureasoner.inference.plan import Plan
 from neureasoner.traces import Trace, read_traces
 
-BY_DEFAULT = [a.name for a in ARMS.values() if not a.baseline]
+BY_DEFAULT = [a.name for a in ARMS.values() if a.default and a.name not in ("flipped", "random_direction")]
 KEYS = {
     *("name", "accuracy", "accuracy_ci", "tokens_mean", "tokens_ci", "truncated", "triggers_per_trace", "seconds"),
     *("n_problems", "n_samples", "by_family", "by_difficulty"),
@@ -229,7 +229,7 @@ def test_an_arm_needs_what_it_uses(
 
 def test_choose_leaves_out_what_the_checkpoint_lacks() -> None:
     arms, skipped = choose([], ["intra"], has_paper=False)
-    assert {"instance", "inter", "full_paper"} == set(skipped) and "full" in {a.name for a in arms}
+    assert {"instance", "inter", "full_paper", "no_thinking_share"} == set(skipped) and "full" in {a.name for a in arms}
     with pytest.raises(UserError, match="no rule inter"):
         choose(["inter"], ["intra"], has_paper=True)
     arms, skipped = choose([], [], has_paper=True)
