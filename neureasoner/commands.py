@@ -159,6 +159,13 @@ COMMANDS: dict[str, Command] = {
         "inference.bake",
         "bake",
     ),
+    "inference calibrate": Command(
+        "choose a rule's strength by how far it moves the model",
+        "inference.calibrate_config",
+        "CalibrateConfig",
+        "inference.calibrate",
+        "calibrate",
+    ),
     "evaluate": Command(
         "compare arms on problems: results.json and report.html",
         "evaluation.config",
