@@ -1,9 +1,9 @@
 """``inference calibrate``: the largest strength of a rule whose KL from the plain model stays in a budget.
 
 The plain model answers greedily; the steered model then reads the same responses token by token, as it would have
-written them (hooks, alarms, gates and all), and both models' next-token distributions are compared (related.md §G, calibrators).
+written them (hooks, alarms, gates and all), and both models' next-token distributions are compared.
 
-Legend: ``B`` rows of a batch, ``T`` response tokens, ``V`` vocabulary.
+The calibrator of related.md §G. Legend: ``B`` rows of a batch, ``T`` response tokens, ``V`` vocabulary.
 """
 
 from __future__ import annotations
