@@ -96,8 +96,12 @@ def methods(found: Found, rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     printed = shared or theirs
     heads = [h for label in found.results for h in (f"ours: {label}", "against vanilla")]
     lines = header("method", *heads, *(f"paper: {b}" for b in printed))
-    extra = list(dict.fromkeys(a["name"] for r in found.results.values() for a in r["arms"]))
-    listed = {m: arms.get(m, "") for m in rows} | {a: a for a in extra if a not in arms.values()}
+    named = {arm: method for method, arm in arms.items()}
+    ran = list(dict.fromkeys(a["name"] for r in found.results.values() for a in r["arms"]))
+    listed = {m: arms.get(m, "") for m in rows}
+    listed |= {
+        named.get(a, a): a for a in ran if a not in listed.values()
+    }  # of another table of the paper, or ours alone
     for method, arm in listed.items():
         cells = [c for r in found.results.values() for c in (ours(r, arm), gain(r, arm, "vanilla"))]
         cells += [pair(rows.get(method, {}).get(b), rows["Vanilla"].get(b)) for b in printed]

@@ -77,7 +77,7 @@ def kill_and_resume(config: EvaluateConfig, folder: Path, parts: int, kills: int
         # By what is done, not by the clock: a machine that grew faster or slower meanwhile is killed at work as well.
         until = len(before) + rng.randint(0, parts // kills - 1)
         while process.is_alive() and len(kept(out).keys() | before.keys()) < until:
-            time.sleep(0.002)
+            time.sleep(0.01)
         process.join(rng.uniform(0, 1.5) * whole / parts)
         if process.is_alive():
             process.kill()
@@ -129,6 +129,7 @@ def launched(config: EvaluateConfig, rank: int, log: Path) -> None:
     evaluate(config)
 
 
+@pytest.mark.slow
 def test_processes_of_one_launch_share_the_work(work: EvaluateConfig, tmp_path: Path) -> None:
     straight, out = tmp_path / "straight", tmp_path / "shared"
     logs = [tmp_path / f"log{rank}" for rank in range(2)]

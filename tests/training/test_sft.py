@@ -191,7 +191,7 @@ def test_the_folder_holds_a_plain_model_and_no_pickle(model_folder: Path, train_
     assert model.config.use_cache
 
 
-@pytest.mark.parametrize("lora", ["0", "4"])
+@pytest.mark.parametrize("lora", ["0", pytest.param("4", marks=pytest.mark.slow)])
 def test_activation_checkpointing_changes_no_loss(
     model_folder: Path, train_file: Path, tmp_path: Path, lora: str
 ) -> None:

@@ -101,7 +101,9 @@ def test_methods_beside_the_papers(tmp_path: Path) -> None:
     ]
     assert rows["DAST"] == ["–", "–", "94.1 / 483 (+0.0, -69 %)"]
     assert rows["random_trigger"][0].startswith("40.0") and rows["random_trigger"][2] == "–"
+    r["arms"] += [arm("alpha_one", 0.3, 100)]  # of the paper's methods, but not in its table of the 32B model
     other = page(table1, {"words": r}, tmp_path)
+    assert other["AlphaOne (`alpha_one`)"][0] == "30.0 [20.0, 40.0] / 100"
     assert other["method"][2:] == [
         f"paper: {b}" for b in ("AIME25", "MATH500", "GSM8K", "GPQA-Diamond", "LiveCodeBench")
     ]
