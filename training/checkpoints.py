@@ -67,6 +67,50 @@ def last_whole(folder: str | Path) -> str | None:
     return next((str(path) for path in _checkpoints(folder) if is_whole(path)), None)
 
 
+NEWEST, NEVER = ("true", "yes", "1", "latest", "last"), ("false", "no", "0", "none")
+
+
+def resume_point(asked: Any, folder: str | Path) -> str | None:
+    """The checkpoint a run goes on from, or None for the start. ``asked``: ``resume_from_checkpoint`` as it was given.
+
+    Nothing given, true or ``latest``: the newest whole checkpoint in ``folder``, if there is one. False: the start, and
+    an error where there are checkpoints, which would be mixed with the new ones. Anything else is the path of a whole
+    ``checkpoint-N``. Raises UserError.
+    """
+    word = "latest" if asked is None or asked == "" else str(asked)
+    if word.lower() in NEWEST:
+        return last_whole(folder)
+    if word.lower() in NEVER:
+        if _checkpoints(folder):
+            raise UserError(
+                f"resume_from_checkpoint {asked}: {folder} holds {_checkpoints(folder)[0].name}; delete the folder, or "
+                "choose another, to begin anew"
+            )
+        return None
+    path = Path(word).expanduser()
+    if not path.is_dir():
+        raise UserError(f"resume_from_checkpoint: {word} is no folder; name a checkpoint-N, or 'latest' for the newest")
+    if not is_whole(path):
+        inside = last_whole(path)
+        hint = f"; the newest in it is {inside}" if inside else ", written to its end and unchanged since"
+        raise UserError(f"resume_from_checkpoint: {word} is no whole checkpoint-N{hint}")
+    return str(path)
+
+
+def check_resumable(checkpoint: str, folder: str | Path, updates: int, adapter: bool) -> None:
+    """Refuse a checkpoint of another kind of run, or of another folder with nothing left to do. Raises UserError."""
+    if (Path(checkpoint) / "adapter_config.json").is_file() != adapter:
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint} is of a run {'without' if adapter else 'with'} LoRA and this one is "
+            f"{'with' if adapter else 'without'} it; set lora as it was"
+        )
+    if Path(checkpoint).resolve().parent != Path(folder).resolve() and _step(Path(checkpoint)) >= updates:
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint} holds {_step(Path(checkpoint))} updates and this run makes "
+            f"{updates}, so nothing would be trained; raise max_steps or num_train_epochs"
+        )
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -28,6 +28,9 @@ PAPER: dict[str, Any] = {
     "ddp_find_unused_parameters": False,  # every trained parameter is used
 }
 
+INITS = ("mean", "description", "keep")
+DTYPES = ("float32", "bfloat16", "float16")
+
 # What the description rows of new trigger tokens are made from (``trigger_init: description``).
 DESCRIPTIONS = {
     INTRA: "wait, a step above is wrong: find the error and correct it",
@@ -65,6 +68,13 @@ class SftArguments:
     trigger_descriptions: list[str] = field(
         default_factory=lambda: list(DESCRIPTIONS.values()), metadata={"help": "one for each trigger, in their order"}
     )
+    redraw_rows: bool = field(
+        default=True,
+        metadata={
+            "help": "draw the rows of taught tokens anew that the base never trained and cannot tell apart; "
+            "false leaves them, and says so"
+        },
+    )
     too_long: str = field(
         default="error", metadata={"help": "rows over max_length: 'error', or 'drop' them and say how many"}
     )
@@ -85,10 +95,16 @@ class SftArguments:
             raise UserError(f"eval_share must be in [0, 1), got {self.eval_share}")
         if self.too_long not in ("error", "drop"):
             raise UserError(f"too_long must be 'error' or 'drop', got {self.too_long!r}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype {self.dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+        if self.trigger_init not in INITS:
+            raise UserError(f"trigger_init {self.trigger_init!r} is not one of {', '.join(INITS)}")
         if self.batch_size < 1:
             raise UserError(f"batch_size must be positive, got {self.batch_size}")
         if self.lora < 0 or self.lora_alpha < 0 or not 0 <= self.lora_dropout < 1:
             raise UserError("lora and lora_alpha must not be negative, lora_dropout must be in [0, 1)")
+        if not self.triggers or not all(self.triggers) or len(set(self.triggers)) < len(self.triggers):
+            raise UserError(f"triggers must be different texts, none of them empty, got {self.triggers}")
         if self.trigger_init == "description" and len(self.trigger_descriptions) != len(self.triggers):
             raise UserError(
                 f"trigger_descriptions has {len(self.trigger_descriptions)} texts for {len(self.triggers)} triggers"

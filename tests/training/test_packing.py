@@ -80,7 +80,7 @@ def test_a_packed_run_resumes_to_the_same_weights(model_folder: Path, train_file
         (["--packing", "true", "--max_length", "0"], "packing needs max_length"),
         (["--use_liger_kernel", "true"], "use_liger_kernel needs a GPU"),
         (["--attention", "flash_attention_2"], "attention 'flash_attention_2' needs a GPU"),
-        (["--load_best_model_at_end", "true", "--save_strategy", "no"], "load_best_model_at_end is not supported"),
+        (["--load_best_model_at_end", "true", "--save_strategy", "no"], "load_best_model_at_end True is not supported"),
     ],
 )
 def test_what_the_machine_cannot_do_is_refused(
