@@ -55,6 +55,23 @@ def _tokenise(tokenizer: Any, text: str, start: int, pieces: Sequence[str]) -> t
     return ids, spans
 
 
+def check_spelled(row_id: str, tokenizer: Any, text: str, ids: Sequence[int]) -> None:
+    """Raise UserError, with the first lost characters, unless the ``ids`` of ``text`` hold all of it.
+
+    Nearly always they decode to the very text, and that is all that is looked at.
+    """
+    if tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == text:
+        return
+    from neureasoner.spelling import loses
+
+    lost = loses(tokenizer, text)
+    if lost is not None:
+        raise UserError(
+            f"row {row_id}: the tokenizer cannot spell it, {lost[:20]!r} is lost; its files are incomplete, or it is "
+            "not made for this text"
+        )
+
+
 def _occurrences(ids: Sequence[int], wanted: Sequence[int], start: int) -> list[int]:
     """Positions from ``start`` on where the sequence ``wanted`` begins."""
     return [i for i in range(start, len(ids) - len(wanted) + 1) if list(ids[i : i + len(wanted)]) == list(wanted)]
@@ -80,11 +97,16 @@ def encode_row(
 
     ``trigger_ids``: ids of each trigger text, one or several. A trigger of several ids is tokenised apart from its
     surroundings, because that is how it enters when it is forced. Raises TooLong for a row of more than ``max_length``
-    tokens and UserError where the tokens do not match the text.
+    tokens and UserError where the tokens do not match the text or have lost some of it.
     """
     eos = tokenizer.eos_token
     if not eos:
-        raise UserError("the tokenizer has no EOS token; set tokenizer.eos_token")
+        raise UserError("the tokenizer has no EOS token, so no row could end; name one with eos_token")
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer ({type(tokenizer).__name__}) is a slow one, which does not say where its tokens stand; a "
+            "model folder with tokenizer.json is needed"
+        )
     prompt = prompt_text(tokenizer, row.prompt)
     response = row.response.removesuffix(eos)
     prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
@@ -93,6 +115,7 @@ def encode_row(
         trigger_ids = {**trigger_ids, FINISHED: list(tokenizer(FINISHED, add_special_tokens=False).input_ids)}
     in_pieces = [t for t, wanted in trigger_ids.items() if len(wanted) > 1 and t in response]
     ids, spans = _tokenise(tokenizer, prompt + response + eos, len(prompt), in_pieces)
+    check_spelled(row.id, tokenizer, prompt + response + eos, ids)
     if max_length is not None and len(ids) > max_length:
         raise TooLong(f"row {row.id} has {len(ids)} tokens, more than max_length {max_length}")
     if ids[:n_prompt] != prompt_ids:

@@ -149,6 +149,18 @@ def check_numbers(args: Any) -> None:
         )
 
 
+def check_refused(args: Any, written: Mapping[str, Any], refused: Mapping[str, tuple[tuple[Any, ...], str]]) -> None:
+    """Refuse options that would not do what they say. ``refused``: ``{name: (values that change nothing, instead)}``.
+
+    One without such values is refused where the user wrote it. Raises UserError.
+    """
+    for name, (same, instead) in refused.items():
+        value = getattr(args, name, None)
+        value = getattr(value, "value", value)
+        if (name in written or same) and value not in same:
+            raise UserError(f"{name} {value!r} is not supported: {instead}")
+
+
 def check_loggers(args: Any) -> None:
     """Refuse loggers that Transformers does not know or that are not installed, before anything is loaded."""
     from transformers.integrations import integration_utils as known

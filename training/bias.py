@@ -29,6 +29,11 @@ from neureasoner.traces import Problem, read_traces
 from neureasoner.training.bias_config import BiasConfig
 
 DIRECTION, MODEL, ADAPTER, CHECKPOINTS = "direction", "model", "adapter", "checkpoints"
+SFT_HINT = "the updates are below the weights' precision; raise learning_rate, or set dtype: float32"
+RL_HINT = (
+    "all responses to a problem had the same reward, or the updates are below the weights' precision; choose problems "
+    "that are solved sometimes (kinds), more samples, or a higher learning_rate"
+)
 TAIL = 10  # steps at either end over which the log's figures are averaged
 
 
@@ -199,10 +204,16 @@ def build(config: BiasConfig, rate: float, steps: int, folder: Path, reward: Any
 
 
 def train(config: BiasConfig, rate: float, steps: int, folder: Path, reward: Any = None) -> Any:
-    """Build, resume from the last whole checkpoint in ``folder`` if there is one, train to ``steps``. The trainer."""
+    """Build, resume from the last whole checkpoint in ``folder`` if there is one, train to ``steps``. The trainer.
+
+    Its ``moved`` knows what was trained from.
+    """
     from neureasoner.training.checkpoints import last_whole
+    from neureasoner.training.effect import Moved
 
     trainer = build(config, rate, steps, folder, reward)
+    trainer.moved = Moved(trainer.model)
+    trainer.add_callback(trainer.moved)
     checkpoint = last_whole(folder)
     print(
         f"training bias: rate {rate:g}, "
@@ -278,6 +289,9 @@ def train_bias(config: BiasConfig, reward: Any = None) -> dict[str, Any]:
 
         rate, tried = choose_rate(config, out, trial)
         trainer = train(config, rate, config.steps, _folder(out, rate), reward)
+        still = trainer.moved.check(trainer, SFT_HINT if config.objective == "sft" else RL_HINT)
+        if still and trainer.is_world_process_zero():
+            print(f"training bias: {still}")
     except UserError:
         if not (out / CHECKPOINTS).exists():
             (out / STARTED).unlink(missing_ok=True)  # nothing was made: other settings may use the folder

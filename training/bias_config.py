@@ -119,6 +119,13 @@ class BiasConfig:
             raise UserError(f"key 'temperature' must be above 0, got {self.temperature}: greedy samples are all alike")
         if not 0 <= self.warmup < 1:
             raise UserError(f"key 'warmup' is a share and must lie in [0, 1), got {self.warmup}")
+        trials = len(set(self.learning_rate)) > 1 and not self.rate_of
+        if self.warmup and (self.steps == 1 or (trials and self.trial_steps == 1)):
+            key = "steps" if self.steps == 1 else "trial_steps"
+            raise UserError(
+                f"key '{key}' is 1 and that update is all warmup, at a learning_rate of 0: nothing would be trained; "
+                f"raise it, or set warmup to 0"
+            )
         if self.max_grad_norm <= 0:
             raise UserError(f"key 'max_grad_norm' must be above 0, got {self.max_grad_norm}")
         self.learning_rate = self.learning_rate or [RATES[self.arm]]

@@ -11,8 +11,11 @@ from typing import Any
 
 from neureasoner.artifacts import read_json
 from neureasoner.errors import UserError
+from neureasoner.stages import MARK, STARTED, StageFolder
+from neureasoner.training.arguments import one_line
 from neureasoner.training.tools_config import MergeConfig
 
+PROBED = 64  # rows that the text holds; the triggers' are the last
 TOLERANCE = 1e-3  # of the trigger logits, in float32
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -20,14 +23,14 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 def merge(config: MergeConfig) -> dict[str, Any]:
     """Merge ``config.adapter`` into its base. Returns the summary of ``stage.json``.
 
-    ``{"base", "dtype", "triggers": {text: ids}, "logit_difference", "trigger_difference"}``, the differences being the
-    largest between adapter and merged model, in float32, over all logits and over those of the triggers. Raises
-    UserError for a folder without an adapter, a base of another shape, and a merge that changes the logits.
+    ``{"base", "dtype", "triggers": {text: ids}, "redrawn", "logit_difference", "trigger_difference"}``: ``redrawn`` are
+    the other tokens whose rows the adapter holds; the differences are the largest between adapter and merged model, in
+    float32, over all logits and over those of all these tokens. Raises UserError for a folder without an adapter, a
+    base of another shape, and a merge that changes the logits.
     """
     import torch
 
     from neureasoner.model_files import model_files
-    from neureasoner.stages import STARTED, StageFolder
     from neureasoner.training.checkpoints import put_whole
 
     folder = Path(config.adapter)
@@ -60,7 +63,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
 
 
 def merged(folder: Path, base_name: str) -> tuple[Any, Any, dict[str, Any]]:
-    """``(plain model in float32, tokenizer, {"triggers", "logit_difference", "trigger_difference"})``."""
+    """``(plain model in float32, tokenizer, {"triggers", "redrawn", "logit_difference", "trigger_difference"})``."""
     import torch
     from peft import PeftModel
     from safetensors import SafetensorError, safe_open
@@ -73,7 +76,7 @@ def merged(folder: Path, base_name: str) -> tuple[Any, Any, dict[str, Any]]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:  # the tokenizers library raises bare ones for a damaged file
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({str(e).strip().splitlines()[0]})") from None
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({one_line(e)})") from None
     try:
         with safe_open(str(folder / ADAPTER[1]), framework="pt"):
             pass
@@ -83,15 +86,15 @@ def merged(folder: Path, base_name: str) -> tuple[Any, Any, dict[str, Any]]:
     grow(base, tokenizer)
     try:
         adapted = PeftModel.from_pretrained(base, str(folder)).eval()
-    except (RuntimeError, KeyError, ValueError, TypeError) as e:
-        reason = str(e).strip().splitlines()[-1].strip()
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, ImportError, OSError) as e:
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[-1].strip()
         raise UserError(
             f"{folder}: does not fit the base '{base_name}' ({reason}); name its base with --model"
         ) from None
     rows = read_json(folder / ADAPTER[0]).get("trainable_token_indices") or {}
     ids = sorted({i for part in (rows.values() if isinstance(rows, dict) else [rows]) for i in part})
     start = tokenizer("So the answer is", add_special_tokens=False).input_ids
-    probe = torch.tensor([[*start, *(x for i in ids for x in (i, *start))]])
+    probe = torch.tensor([[*start, *(x for i in ids[-PROBED:] for x in (i, *start))]])
     with torch.no_grad():
         before = adapted(input_ids=probe).logits
         model = adapted.merge_and_unload()
@@ -100,9 +103,18 @@ def merged(folder: Path, base_name: str) -> tuple[Any, Any, dict[str, Any]]:
     triggers = difference[..., ids] if ids else difference
     if not float(triggers.max()) <= TOLERANCE:
         raise UserError(f"{folder}: merging changes the trigger logits by {float(triggers.max()):.2g}; not written")
+    mark = folder / MARK
+    known = (
+        read_json(mark)["summary"]["triggers"] if mark.is_file() else None
+    )  # a checkpoint has no mark: all are named
     named = {tokenizer.convert_ids_to_tokens(i): [i] for i in ids}
-    found = {"logit_difference": float(difference.max()), "trigger_difference": float(triggers.max())}
-    return model, tokenizer, {"triggers": named, **found}
+    found: dict[str, Any] = {
+        "triggers": {text: i for text, i in named.items() if known is None or text in known},
+        "redrawn": [text for text in named if known is not None and text not in known],
+        "logit_difference": float(difference.max()),
+        "trigger_difference": float(triggers.max()),
+    }
+    return model, tokenizer, found
 
 
 def stored_dtype(base_name: str) -> str:

@@ -3,15 +3,20 @@
     accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \\
         training/pretrain.py --config configs/recipes/tiny/pretrain.yaml
 
-Stop it at any time; the same command goes on from the last checkpoint. The traces are made from ``--corpus_seed`` and
-seen once each, in an order fixed by it.
+Stop it at any time; the same command goes on from the last checkpoint (``resume_from_checkpoint``: another one). The
+traces are made from ``--corpus_seed`` and seen once each, in an order fixed by it.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
+
+from neureasoner.errors import UserError
+from neureasoner.training import arguments
 
 
 @dataclass
@@ -28,6 +33,31 @@ class ReasonerArguments:
     head_dim: int = field(default=32, metadata={"help": "size of a head; heads * head_dim differs from hidden_size"})
     notes: float = field(default=0.2, metadata={"help": "exercises in proofreading, as a share of the traces"})
     export: str = field(default="", metadata={"help": "also write the bfloat16 model here (what the package ships)"})
+
+    def __post_init__(self) -> None:
+        for key in ("examples", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if self.heads % self.kv_heads:
+            raise UserError(f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}")
+        if self.notes < 0:
+            raise UserError(f"notes is a share of the traces, got {self.notes:g}")
+
+
+# Options of the Trainer that would not do what they say: (values that change nothing, what holds instead).
+_ORDER = "the corpus comes in its own order, fixed by corpus_seed"
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "eval_strategy": (("no",), "every trace is trained on, none is held out"),
+    "eval_on_start": ((False,), "every trace is trained on, none is held out"),
+    "load_best_model_at_end": ((False,), "the last update is what is saved"),
+    "train_sampling_strategy": ((), _ORDER),
+    "data_seed": ((None,), _ORDER),
+    "auto_find_batch_size": ((False,), "batches of like length are made before; lower per_device_train_batch_size"),
+    "label_names": ((None, ["labels"]), "labels are fixed: the prompt never trains"),
+    "save_only_model": ((False,), "such a checkpoint cannot be resumed; save_strategy: 'no' writes none"),
+    "push_to_hub": ((False,), "checkpoints hold torch files; upload the export instead"),
+    "remove_unused_columns": ((True,), "there is no other column"),
+}
 
 
 def encode_corpus(examples: int, notes_share: float, seed: int, batch: int, tokenizer) -> list[dict[str, list[int]]]:  # type: ignore[no-untyped-def]
@@ -66,26 +96,41 @@ def collate(rows: list[dict[str, list[int]]], pad: int):  # type: ignore[no-unty
     return {k: torch.tensor([r[k] + [v] * (width - len(r[k])) for r in rows]) for k, v in fill.items()}
 
 
-def main() -> None:
+def parse(argv: Sequence[str] | None = None) -> tuple[ReasonerArguments, Any]:
+    """Command line and YAML file → (model and corpus, the Trainer's arguments). Raises UserError with one line."""
+    import torch
+    from transformers import TrainingArguments
+
+    def presets(written: Mapping[str, Any]) -> dict[str, Any]:
+        return {"use_cpu": not torch.cuda.is_available()}
+
+    (reasoner, args), written = arguments.parse([ReasonerArguments, TrainingArguments], argv, presets)
+    arguments.check_numbers(args)
+    arguments.check_machine(args)
+    arguments.check_loggers(args)
+    arguments.check_refused(args, written, REFUSED)
+    return reasoner, args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     import torch
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
-    from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments, set_seed
-    from trl import TrlParser
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, set_seed
 
     from neureasoner.data_builders.corpus import build_tokenizer
-    from neureasoner.training.checkpoints import last_whole
+    from neureasoner.training.checkpoints import WholeCheckpoints, check_resumable, resume_point
+    from neureasoner.training.effect import Moved, check_rates
+    from neureasoner.training.finite import FiniteLoss, Guard
 
-    class InOrder(Trainer):
+    class InOrder(FiniteLoss, WholeCheckpoints, Trainer):  # type: ignore[misc]
         """The corpus is already in its order."""
 
         def _get_train_sampler(self, *args, **kwargs):  # type: ignore[no-untyped-def]
             return SequentialSampler(self.train_dataset)
 
-    reasoner: Any
-    args: Any
-    reasoner, args = TrlParser([ReasonerArguments, TrainingArguments]).parse_args_and_config()  # type: ignore[list-item]
-    args.use_cpu = not torch.cuda.is_available()
+    reasoner, args = parse(argv)
+    checkpoint = resume_point(args.resume_from_checkpoint, args.output_dir)
     set_seed(args.seed)
 
     tokenizer = build_tokenizer(reasoner.corpus_seed)
@@ -97,6 +142,14 @@ def main() -> None:
             args.per_device_train_batch_size * args.world_size,
             tokenizer,
         )
+    batch = args.per_device_train_batch_size * args.world_size
+    if not rows:
+        raise UserError(
+            f"examples {reasoner.examples} make no whole batch of {batch} traces; raise it, or lower the batch"
+        )
+    updates = check_rates(args, len(rows))
+    if checkpoint:
+        check_resumable(checkpoint, args.output_dir, updates, adapter=False)
     data = Dataset.from_list(rows)
     tokens = sum(len(r["input_ids"]) for r in rows)
     print(f"{len(rows):,} traces, {tokens:,} tokens, vocabulary {len(tokenizer)}", flush=True)
@@ -123,7 +176,13 @@ def main() -> None:
         data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=last_whole(args.output_dir))
+    moved = Moved(model)
+    trainer.add_callback(moved)
+    trainer.add_callback(Guard())
+    trainer.train(resume_from_checkpoint=checkpoint)
+    still = moved.check(trainer, "the updates are below the weights' precision; raise learning_rate")
+    if still:
+        print(f"training pretrain: {still}")
     trainer.save_model()
     if reasoner.export and trainer.is_world_process_zero():
         model.to(dtype=torch.bfloat16).save_pretrained(reasoner.export)
@@ -131,4 +190,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

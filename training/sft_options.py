@@ -80,10 +80,7 @@ def check(script: SftArguments, args: Any, written: Mapping[str, Any]) -> list[s
 
     ``written``: what stands on the command line and in the file. Raises UserError.
     """
-    for name, (same, instead) in REFUSED.items():
-        value = getattr(args, name, None)
-        if (name in written or same) and value not in same:
-            raise UserError(f"{name} {value!r} is not supported: {instead}")
+    arguments.check_refused(args, written, REFUSED)
     if {"output_dir", "out"} <= set(written) and args.output_dir != script.out:
         raise UserError(f"out {script.out!r} and output_dir {args.output_dir!r}: checkpoints go to out/checkpoints")
     if args.chat_template_path and not os.path.isfile(args.chat_template_path):

@@ -182,7 +182,7 @@ def test_the_folder_holds_a_plain_model_and_no_pickle(model_folder: Path, train_
     from neureasoner.models import load
 
     out = tmp_path / "out"
-    summary = sft.main(*sft.parse(arguments(model_folder, train_file, out, "--max_steps", "1", "--save_steps", "1")))
+    summary = sft.main(*sft.parse(arguments(model_folder, train_file, out, "--max_steps", "1", "--warmup_steps", "0")))
     files = {p.name for p in out.iterdir() if p.is_file()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "stage.json", "log.json", "loss.png"} <= files
     assert not [f for f in files if f.endswith((".bin", ".pt", ".pth", ".tmp"))]
@@ -215,7 +215,7 @@ def test_activation_checkpointing_changes_no_loss(
 
 
 def test_other_settings_in_the_same_folder_are_refused(model_folder: Path, train_file: Path, tmp_path: Path) -> None:
-    argv = arguments(model_folder, train_file, tmp_path / "out", "--max_steps", "1")
+    argv = arguments(model_folder, train_file, tmp_path / "out", "--max_steps", "1", "--warmup_steps", "0")
     sft.main(*sft.parse(argv))
     with pytest.raises(UserError, match="other settings"):
         sft.main(*sft.parse([*argv, "--learning_rate", "0.5"]))
@@ -273,7 +273,7 @@ def test_recipe_parses_and_the_command_line_wins() -> None:
     ("argv", "reason"),
     [
         (["--data", "x"], "--out"),
-        (["--config", "missing.yaml"], "missing.yaml: No such file"),
+        (["--config", "missing.yaml"], "missing.yaml: no such file"),
         (["--data", "x", "--out", "y", "--learning_rat", "1"], "learning_rat"),
         (["--data", "x", "--out", "y", "--learning_rate", "fast"], "learning_rate"),
         (["--data", "x", "--out", "y", "--eval_share", "2"], "eval_share"),

@@ -83,6 +83,7 @@ def test_gradients_and_optimizer_of_a_run(model_folder: Path, train_file: Path, 
 
     argv = ["--model", model_folder, "--data", train_file, "--out", tmp_path / "out", "--batch_size", 4]
     argv += ["--lora", lora, "--max_steps", 1, "--use_cpu", "true", "--bf16", "false", "--save_strategy", "no"]
+    argv += ["--warmup_steps", 0]
     trainer, _ = sft.build(*sft.parse([str(a) for a in argv]), [Look()])
     trainer.train()
     moments = sum(v.nbytes for s in trainer.optimizer.state.values() for k, v in s.items() if k.startswith("exp_avg"))

@@ -69,6 +69,7 @@ def test_thinking_is_in_the_ids_and_trains(
     ]  # fmt: skip
     write_rows(tmp_path / "train.jsonl", moved)
     argv = ["--model", tmp_path / "model", "--data", tmp_path / "train.jsonl", "--out", tmp_path / "out"]
+    argv += ["--warmup_steps", "0"]
     trainer, _ = sft.build(*sft.parse([str(a) for a in [*argv, "--mask_failure", "true"]]))
     saved = trainer.processing_class
     for row, item in zip(plain, trainer.train_dataset, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,12 @@ import torch
 from neureasoner.errors import UserError
 from neureasoner.traces import INTER, INTRA
 from neureasoner.training.triggers import add_triggers, trigger_ids
+
+
+def assert_near_but_not_one(one: torch.Tensor, two: torch.Tensor, mean: torch.Tensor) -> None:
+    for row in (one, two):
+        assert 0.05 < float((row - mean).norm() / mean.norm()) < 0.2
+    assert float(torch.cosine_similarity(one, two, dim=0)) < 0.99
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -27,8 +34,9 @@ def test_rows_are_the_mean_of_the_others(
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
     for old, module in zip(before, (model.get_input_embeddings(), model.get_output_embeddings()), strict=True):
         assert torch.equal(module.weight[:known], old), "no other row moves"
-        for (place,) in ids.values():
-            torch.testing.assert_close(module.weight[place], old.mean(0))
+        one, two = (module.weight[place] for (place,) in ids.values())
+        torch.testing.assert_close((one + two) / 2, old.mean(0), msg="the two have the mean between them")
+        assert_near_but_not_one(one, two, old.mean(0))
     assert own_tokenizer.convert_ids_to_tokens(own_tokenizer("a.\n\n<INTRA>\nb").input_ids).count(INTRA) == 1
 
 
@@ -69,8 +77,10 @@ def test_tokens_the_matrix_lacks_get_rows_too(make_model: Callable[..., Any], ow
     model = make_model(vocab_size=known - 3)
     mean = model.get_input_embeddings().weight.detach().mean(0)
     assert add_triggers(model, own_tokenizer, init="keep") == {INTRA: [known], INTER: [known + 1]}
-    for row in model.get_input_embeddings().weight[known - 3 :]:
+    rows = model.get_input_embeddings().weight[known - 3 :]
+    for row in rows[:3]:
         torch.testing.assert_close(row, mean)
+    assert_near_but_not_one(rows[3], rows[4], mean)
 
 
 def test_unknown_init_is_refused(make_model: Callable[..., Any], own_tokenizer: Any) -> None:
@@ -90,3 +100,37 @@ def test_a_saved_tokenizer_keeps_them(make_model: Callable[..., Any], own_tokeni
 def test_without_adding_a_trigger_is_its_pieces(tiny_tokenizer: Any) -> None:
     ids = trigger_ids(tiny_tokenizer)
     assert all(len(v) > 1 for v in ids.values()) and tiny_tokenizer.decode(ids[INTRA]) == INTRA
+
+
+@pytest.mark.parametrize("init", ["mean", "description", "keep"])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_two_triggers_never_start_as_one_vector(
+    make_model: Callable[..., Any], own_tokenizer: Any, init: str, seed: int
+) -> None:
+    model = make_model()
+    with torch.no_grad():  # spare rows as real models have them
+        for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+            matrix[len(own_tokenizer) :] = matrix[3]
+    same = dict.fromkeys((INTRA, INTER), "that is wrong")
+    ids = add_triggers(model, own_tokenizer, init=init, descriptions=same, seed=seed)
+    for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        one, two = (matrix[place] for (place,) in ids.values())
+        assert float(torch.cosine_similarity(one, two, dim=0)) < 0.99
+    again = make_model()
+    assert add_triggers(again, own_tokenizer, init="keep") == ids, "known to the tokenizer now"
+
+
+def test_the_step_apart_is_the_seeds(make_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    def rows(seed: int) -> torch.Tensor:
+        model, tokenizer = make_model(), copy.deepcopy(tiny_tokenizer)
+        ids = add_triggers(model, tokenizer, seed=seed)
+        return torch.stack([model.get_input_embeddings().weight[i].detach() for (i,) in ids.values()])
+
+    assert torch.equal(rows(1), rows(1)) and not torch.equal(rows(1), rows(2))
+
+
+def test_one_trigger_alone_is_the_mean_itself(make_model: Callable[..., Any], own_tokenizer: Any) -> None:
+    model = make_model()
+    mean = model.get_input_embeddings().weight[: len(own_tokenizer)].detach().mean(0)
+    ids = add_triggers(model, own_tokenizer, [INTRA])
+    torch.testing.assert_close(model.get_input_embeddings().weight[ids[INTRA][0]], mean)
