@@ -37,10 +37,12 @@ def parse(
     file = read_mapping(path) if path else {}
     for key, value in (file.pop("env", None) or {}).items():  # as TRL's own files
         os.environ[str(key)] = str(value)
-    typed = _checked(parser, types, file, str(path))
-    written = {**typed, **_command_line(parser, argv)}
+    values = _checked(parser, types, file, str(path))
+    argv = [f"--{key}={value}" for key, value in values.items() if isinstance(value, str)] + argv
+    written = {**values, **_command_line(parser, argv)}
     _check_json(types, written)
-    parser.set_defaults_with_config(**{**presets(written), **typed})
+    others = {key: value for key, value in values.items() if not isinstance(value, str)}
+    parser.set_defaults_with_config(**{**presets(written), **others})
     try:
         return list(parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)), written
     except OSError as e:
@@ -85,7 +87,7 @@ def _command_line(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _checked(parser: Any, types: Sequence[type], file: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The file's values as the parser wants defaults: text (which it converts and checks), lists, mappings, None."""
+    """The file's values: a single one as text, as on the command line; lists, mappings and None as they are."""
     actions = {action.dest: action for action in reversed(parser._actions)}  # the first of a name; then come --no_NAME
     hints = {name: hint for kind in types for name, hint in get_type_hints(kind).items()}
     values: dict[str, Any] = {}
@@ -143,6 +145,13 @@ def check_numbers(args: Any) -> None:
         raise UserError(f"per_device_train_batch_size must be at least 1, got {args.per_device_train_batch_size}")
     if args.gradient_accumulation_steps < 1:
         raise UserError(f"gradient_accumulation_steps must be at least 1, got {args.gradient_accumulation_steps}")
+    if str(getattr(args.save_strategy, "value", args.save_strategy)) == "steps" and not args.save_steps > 0:
+        raise UserError(
+            f"save_steps must be above 0, got {args.save_steps:g}; save_strategy: 'no' writes no checkpoint"
+        )
+    for key in ("seed", "data_seed"):
+        if not 0 <= (getattr(args, key) or 0) < 2**32:
+            raise UserError(f"{key} must lie between 0 and 2**32 - 1, got {getattr(args, key)}")
     if args.save_total_limit is not None and args.save_total_limit < 1:
         raise UserError(
             f"save_total_limit must be at least 1, got {args.save_total_limit}; null keeps every checkpoint"
@@ -168,9 +177,7 @@ def check_loggers(args: Any) -> None:
     names = sorted(known.INTEGRATION_TO_CALLBACK)
     for name in args.report_to or []:
         if name not in names:
-            raise UserError(
-                f"report_to '{name}' is unknown{closest(name, names)}; it is 'none', 'all' or one of {names}"
-            )
+            raise UserError(f"report_to '{name}' is unknown{closest(name, names)} ({', '.join(names)}, all, none)")
         if name not in known.get_available_reporting_integrations() and name != "flyte":  # flyte is in no list
             raise UserError(f"report_to '{name}': its package is not installed; install it, or leave report_to out")
 

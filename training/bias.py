@@ -293,7 +293,7 @@ def train_bias(config: BiasConfig, reward: Any = None) -> dict[str, Any]:
         if still and trainer.is_world_process_zero():
             print(f"training bias: {still}")
     except UserError:
-        if not (out / CHECKPOINTS).exists():
+        if not list((out / CHECKPOINTS).glob("*/checkpoint-*")):
             (out / STARTED).unlink(missing_ok=True)  # nothing was made: other settings may use the folder
         raise
     about = _sizes(trainer)

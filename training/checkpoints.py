@@ -62,6 +62,11 @@ def _checkpoints(folder: str | Path) -> list[Path]:
     return sorted(found, key=_step, reverse=True)
 
 
+def any_checkpoint(folder: str | Path) -> bool:
+    """Whether there is a ``checkpoint-N`` in ``folder``, whole or not."""
+    return bool(_checkpoints(folder))
+
+
 def last_whole(folder: str | Path) -> str | None:
     """Path of the newest whole ``checkpoint-N`` in ``folder``; incomplete ones are passed over."""
     return next((str(path) for path in _checkpoints(folder) if is_whole(path)), None)
@@ -81,7 +86,7 @@ def resume_point(asked: Any, folder: str | Path) -> str | None:
     if word.lower() in NEWEST:
         return last_whole(folder)
     if word.lower() in NEVER:
-        if _checkpoints(folder):
+        if any_checkpoint(folder):
             raise UserError(
                 f"resume_from_checkpoint {asked}: {folder} holds {_checkpoints(folder)[0].name}; delete the folder, or "
                 "choose another, to begin anew"

@@ -6,7 +6,7 @@ With warmup 0.05 a run of one update is all warmup: its learning rate is 0, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,10 +28,17 @@ def updates_of(args: Any, rows: int) -> int:
     return math.ceil(args.num_train_epochs * per_epoch)
 
 
-def check_rates(args: Any, rows: int, batch: str = "per_device_train_batch_size", size: int = 0) -> int:
-    """Refuse a run none of whose updates has a learning rate above 0. Returns the number of updates.
+def check_rates(
+    args: Any,
+    rows: int,
+    batch: str = "per_device_train_batch_size",
+    size: int = 0,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Refuse a run none of whose updates has a learning rate above 0; say so if it is warming up to its end.
 
-    ``batch``, ``size``: name and value of the option that says how many rows an update has.
+    Returns the number of updates. ``batch``, ``size``: name and value of the option that says how many rows an update
+    has.
     """
     from transformers import get_scheduler
 
@@ -39,12 +46,13 @@ def check_rates(args: Any, rows: int, batch: str = "per_device_train_batch_size"
     if not total or not rows:
         why = "dataloader_drop_last leaves no batch" if rows else "there is no row"
         raise UserError(f"{rows} rows make no update ({why}); give more rows, or lower {batch}")
+    warmup = args.get_warmup_steps(total)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     try:
         scheduler: Any = get_scheduler(
             args.lr_scheduler_type,
             optimizer,
-            num_warmup_steps=args.get_warmup_steps(total),
+            num_warmup_steps=warmup,
             num_training_steps=total,
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
@@ -53,6 +61,8 @@ def check_rates(args: Any, rows: int, batch: str = "per_device_train_batch_size"
         raise UserError(f"lr_scheduler_type '{name}' does not go with lr_scheduler_kwargs ({one_line(e)})") from None
     for _ in range(total):
         if optimizer.param_groups[0]["lr"] > 0:
+            if 1 < warmup >= total:
+                say(f"warmup_steps {args.warmup_steps:g}: all {total} updates warm up, learning_rate is never reached")
             return total
         optimizer.step()
         scheduler.step()
@@ -81,6 +91,10 @@ def digests(tensors: Iterable[torch.Tensor]) -> list[int]:
     return [
         int(t.detach().contiguous().reshape(-1).view(whole[t.element_size()]).sum(dtype=torch.int64)) for t in tensors
     ]
+
+
+class NothingMoved(UserError):
+    """A run after which every trained parameter is what it was."""
 
 
 class Moved(TrainerCallback):
@@ -118,5 +132,5 @@ class Moved(TrainerCallback):
             return ""  # resumed from its last update, and noted only then
         still = self.unmoved(trainer)
         if len(still) == len(self.names):
-            raise UserError(f"{trainer.state.global_step} updates changed no weight, so nothing was trained: {hint}")
-        return f"{len(still)} of {len(self.names)} trained tensors did not move ({still[0]}, …)" if still else ""
+            raise NothingMoved(f"{trainer.state.global_step} updates changed no weight, so nothing was trained: {hint}")
+        return f"{len(still)} of {len(self.names)} trained tensors did not move ({still[0]}): {hint}" if still else ""

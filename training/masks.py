@@ -55,4 +55,6 @@ def encode_all(
         say(f"{counts['dropped']} of {total} rows are longer than {max_length} tokens: dropped")
     if not encoded:
         raise UserError(f"no row fits into max_length {max_length}; raise it")
+    if not counts["trained"]:
+        raise UserError(f"none of the {counts['tokens']} tokens has a label, so nothing would be trained")
     return encoded, counts

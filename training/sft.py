@@ -23,6 +23,7 @@ where that can be known. Taught tokens whose rows the base never trained get new
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -107,7 +108,7 @@ def build(script: SftArguments, args: Any, callbacks: Sequence[Any] = ()) -> tup
     new = add_tokens(tokenizer, script.triggers) if script.add_triggers else []
     sets, about = encoded(script, args, tokenizer, say)
     if not args.packing:
-        check_rates(args, len(sets["train"]), "batch_size", script.batch_size)
+        check_rates(args, len(sets["train"]), "batch_size", script.batch_size, say)
 
     # ---- Model and rows
     device = args.device if is_deepspeed_zero3_enabled() else "cpu"  # ZeRO-3 has placed its parts already
@@ -146,7 +147,7 @@ def build(script: SftArguments, args: Any, callbacks: Sequence[Any] = ()) -> tup
         adapted: Any = trainer.model
         adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
     if args.packing:
-        check_rates(args, len(cast(Any, trainer.train_dataset)), "batch_size", script.batch_size)
+        check_rates(args, len(cast(Any, trainer.train_dataset)), "batch_size", script.batch_size, say)
     return trainer, {"data": about, "triggers": trigger_ids(tokenizer, script.triggers), "redrawn": drawn}
 
 
@@ -154,8 +155,8 @@ def main(script: SftArguments, args: Any, callbacks: Sequence[Any] = ()) -> dict
     """Train, and leave a model folder in ``script.out``. Returns the summary of ``stage.json``."""
     from neureasoner.model_files import model_files
     from neureasoner.stages import STARTED, StageFolder
-    from neureasoner.training.checkpoints import check_resumable, resume_point, save_whole
-    from neureasoner.training.effect import Moved, updates_of
+    from neureasoner.training.checkpoints import any_checkpoint, check_resumable, resume_point, save_whole
+    from neureasoner.training.effect import Moved, NothingMoved, updates_of
 
     # ---- Done already?
     inputs: list[str | Path] = [script.data, *model_files(script.model)]
@@ -174,30 +175,16 @@ def main(script: SftArguments, args: Any, callbacks: Sequence[Any] = ()) -> dict
         moved, rows = Moved(trainer.model), trainer.train_dataset
         if checkpoint:
             check_resumable(checkpoint, folder, updates_of(args, len(rows)), bool(script.lora))
-    except UserError:
-        if not folder.exists():
-            (stage.path / STARTED).unlink(missing_ok=True)  # nothing was made: other settings may use the folder
-        raise
-    trainer.add_callback(moved)
-    counts = about["data"]["train"]
-    if main_process:
-        start = f"resuming from {Path(checkpoint).name}" if checkpoint else "from the start"
-        if args.resume_from_checkpoint and not checkpoint:
-            start += f": no whole checkpoint in {folder}"
-        tokens = f"{counts['trained']} of {counts['tokens']} tokens train, longest {counts['longest']}"
-        print(f"training sft: {counts['rows']} rows, {tokens}; {start}", flush=True)
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except ImportError as e:  # an optimizer, a logger
-        raise UserError(f"a setting needs a package that is not installed: {one_line(e)}") from e
-
-    # ---- Did anything move?
-    try:
+        trainer.add_callback(moved)
+        if main_process:
+            tell(about["data"]["train"], checkpoint, folder if args.resume_from_checkpoint else None)
+        train(trainer, checkpoint)
         still = moved.check(trainer, HINT)
-    except UserError:
-        if main_process:  # the checkpoints are the base, and would be resumed
-            shutil.rmtree(folder, ignore_errors=True)
-            (stage.path / STARTED).unlink(missing_ok=True)
+    except UserError as e:
+        if isinstance(e, NothingMoved) and main_process:
+            shutil.rmtree(folder, ignore_errors=True)  # its checkpoints are the base, and would be resumed
+        if not any_checkpoint(folder):
+            (stage.path / STARTED).unlink(missing_ok=True)  # nothing was made: other settings may use the folder
         raise
     if still and main_process:
         print(f"training sft: {still}")
@@ -222,6 +209,28 @@ def main(script: SftArguments, args: Any, callbacks: Sequence[Any] = ()) -> dict
         print(f"training sft: {summary['steps']} steps, loss {summary['loss']}; model in {out}")
     trainer.accelerator.wait_for_everyone()
     return summary
+
+
+def tell(counts: Mapping[str, int], checkpoint: str | None, wanted: Path | None) -> None:
+    """Print what begins. ``wanted``: the folder in which a checkpoint was asked for."""
+    start = f"resuming from {Path(checkpoint).name}" if checkpoint else "from the start"
+    if wanted and not checkpoint:
+        start += f": no whole checkpoint in {wanted}"
+    tokens = f"{counts['trained']} of {counts['tokens']} tokens train, longest {counts['longest']}"
+    print(f"training sft: {counts['rows']} rows, {tokens}; {start}", flush=True)
+
+
+def train(trainer: Any, checkpoint: str | None) -> None:
+    """Train, from ``checkpoint`` on. What a setting or a checkpoint is to blame for is a UserError."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except ImportError as e:  # an optimizer, a logger
+        raise UserError(f"a setting needs a package that is not installed: {one_line(e)}") from e
+    except (RuntimeError, ValueError) as e:
+        if checkpoint and re.search(r"state.dict", str(e)):
+            reason = one_line(e)[:200]
+            raise UserError(f"resume_from_checkpoint: {checkpoint} is of another model or run ({reason})") from e
+        raise
 
 
 def plot(history: list[dict[str, float]], path: Path) -> None:

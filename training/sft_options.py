@@ -63,6 +63,10 @@ IDLE: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     ),
     "disable_tqdm": (lambda s, a: not a.disable_tqdm, "progress is one line per log"),
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), (_always, "this script trains; eval_share holds rows out")),
+    **dict.fromkeys(
+        ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+        (_always, "nothing is uploaded"),
+    ),
     "length_column_name": (_always, "lengths are counted"),
     "liger_kernel_config": (lambda s, a: not a.use_liger_kernel, "use_liger_kernel is off"),
     "activation_checkpointing_kwargs": (lambda s, a: not a.activation_checkpointing, "activation_checkpointing is off"),
@@ -85,6 +89,10 @@ def check(script: SftArguments, args: Any, written: Mapping[str, Any]) -> list[s
         raise UserError(f"out {script.out!r} and output_dir {args.output_dir!r}: checkpoints go to out/checkpoints")
     if args.chat_template_path and not os.path.isfile(args.chat_template_path):
         raise UserError(f"chat_template_path: {args.chat_template_path} is no file; give a .jinja file")
+    for end in ("", "_kwargs"):
+        names = [f"gradient_checkpointing{end}", f"activation_checkpointing{end}"]
+        if len({str(written.get(name)).lower() for name in names}) == 2 and set(names) <= set(written):
+            raise UserError(f"{names[0]} and {names[1]} are one option and differ; give the second alone")
     _check_batch(script, args, written)
     _check_evaluation(script, args, written)
     idle = [(name, why) for name, (is_idle, why) in IDLE.items() if name in written and is_idle(script, args)]
@@ -149,14 +157,16 @@ def check_machine(script: SftArguments, args: Any) -> None:
         raise UserError("parallelism_config: its processes share rows, so batch_size would not hold; leave it out")
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     if "/" not in script.attention and script.attention not in known:  # kernels of the hub have a slash
-        raise UserError(f"attention {script.attention!r} is unknown{closest(script.attention, known)}")
+        raise UserError(
+            f"attention {script.attention!r} is unknown{closest(script.attention, known)}; use sdpa or eager"
+        )
     if torch.cuda.is_available() and not args.use_cpu:
         return
     if args.use_liger_kernel:
         raise UserError("use_liger_kernel needs a GPU, and there is none; set it to false")
     if args.activation_offloading:
         raise UserError("activation_offloading needs a GPU, and there is none; set it to false")
-    if script.attention.startswith("flash"):
+    if script.attention not in ("sdpa", "eager"):
         raise UserError(f"attention {script.attention!r} needs a GPU, and there is none; set it to 'sdpa'")
     # In both cases Accelerate would run plain DDP without a word.
     if launched_with("FSDP") or args.fsdp:

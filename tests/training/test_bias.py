@@ -390,11 +390,24 @@ def test_a_sampler_that_is_another_model_is_noticed(
         ({"kinds": ["words"]}, "not FAMILY:DIFFICULTY"),
         ({"template": "Solve it."}, "must hold {question}"),
         ({"steps": 0}, "'steps' must be at least 1"),
+        ({"steps": 1, "warmup": 0.03}, r"'steps' is 1.*learning_rate.*warmup"),
+        ({"warmup": 0.03, "learning_rate": [1e-3, 1e-2], "validation": "v"}, r"'trial_steps' is 1.*warmup"),
     ],
 )
 def test_settings_that_cannot_be_meant(config: Callable[..., BiasConfig], changes: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize(("arm", "objective"), [("vectors", "rloo"), ("lora", "grpo"), ("full", "rloo")])
+def test_rewards_that_never_differ_train_nothing_and_it_is_said(
+    config: Callable[..., BiasConfig], tmp_path: Path, arm: str, objective: str
+) -> None:
+    settings = config(arm=arm, objective=objective, steps=2)
+    for _ in range(2):  # also when the finished updates are resumed
+        with pytest.raises(UserError, match=r"2 updates changed no weight.*reward"):
+            bias.train_bias(settings, reward=lambda *_: -1.0)
+        assert not (tmp_path / "out" / "stage.json").exists()
 
 
 def test_data_that_does_not_do_is_refused_before_anything_is_made(

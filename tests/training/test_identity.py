@@ -231,10 +231,10 @@ def repairs(n: int, seed: int) -> list[Reconstruction]:
     from neureasoner.data_builders.corpus import traces
 
     rng, rows = random.Random(seed), []
-    for number, (question, response) in enumerate(traces(seed, 4 * n)):
+    for number, (question, response) in enumerate(traces(seed, 10 * n)):
         thinking, closed, answer = response.partition("</think>")
         steps = thinking.removeprefix("<think>").strip().split("\n\n")
-        if len(rows) == n or len(steps) < 3 or not closed or any("Wait" in s for s in steps):
+        if len(rows) == n or len(steps) < 3 or len(response) > 400 or not closed:
             continue
         at = rng.randrange(1, len(steps))
         wrong = steps[at].rstrip(".") + "1."

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
-from neureasoner.training.checkpoints import is_whole, last_whole
+from neureasoner.errors import UserError
+from neureasoner.training import sft
+from neureasoner.training.checkpoints import is_whole, last_whole, resume_point
 
 # A fresh process that imports everything, forks for every moment, and lets the child kill itself there with SIGKILL.
 # Moments: (what is patched, whether it is killed before or after that, at which call counted from the start).
@@ -147,6 +153,95 @@ def test_killed_while_saving(model_folder: Path, train_file: Path, tmp_path: Pat
     losses = [json.loads((tmp_path / o / "stage.json").read_text())["summary"]["loss"] for o in ("whole", "killed")]
     assert losses[0] == losses[1]
     assert not [p.name for p in (tmp_path / "killed").rglob(".*")], "nothing half-written is left"
+
+
+# ---- resume_from_checkpoint
+
+
+def arguments(model: Path, data: Path, out: Path, *more: str) -> list[str]:
+    options = {"model": model, "data": data, "out": out, "batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    options |= {"max_steps": 4, "save_steps": 2, "warmup_steps": 0}
+    return [str(x) for k, v in options.items() for x in (f"--{k}", v)] + list(more)
+
+
+def killed_after(step: int) -> TrainerCallback:
+    class Kill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    return Kill()
+
+
+@pytest.mark.parametrize("word", ["True", "latest"])
+def test_true_and_latest_mean_the_newest_whole_checkpoint(
+    model_folder: Path, train_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    sft.main(*sft.parse(arguments(model_folder, train_file, whole, "--resume_from_checkpoint", word)))
+    assert f"from the start: no whole checkpoint in {whole / 'checkpoints'}" in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt):
+        sft.main(*sft.parse(arguments(model_folder, train_file, out)), [killed_after(3)])
+    shutil.copytree(
+        out / "checkpoints" / "checkpoint-2", out / "checkpoints" / "checkpoint-3"
+    )  # not whole: its step is 2
+    sft.main(*sft.parse(arguments(model_folder, train_file, out, "--resume_from_checkpoint", word)))
+    assert "resuming from checkpoint-2" in capsys.readouterr().out
+    assert same_weights(whole, out)
+
+
+def test_words_of_resume_from_checkpoint(tmp_path: Path) -> None:
+    for word in (None, "", True, "true", "YES", "1", "Latest", "last", False, "false", "no", "0", "None"):
+        assert resume_point(word, tmp_path / "nothing") is None
+    for word in ("lastest", "checkpoint-2", tmp_path / "nothing"):
+        with pytest.raises(UserError, match="resume_from_checkpoint"):
+            resume_point(word, tmp_path / "nothing")
+
+
+def test_false_begins_anew_and_refuses_to_mix(model_folder: Path, train_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        sft.main(*sft.parse(arguments(model_folder, train_file, out)), [killed_after(3)])
+    argv = arguments(model_folder, train_file, out, "--resume_from_checkpoint", "False")
+    with pytest.raises(UserError, match="holds checkpoint-2"):
+        sft.main(*sft.parse(argv))
+    shutil.rmtree(out)
+    assert sft.main(*sft.parse(argv))["steps"] == 4
+
+
+def test_a_path_is_whole_and_of_this_kind_of_run_or_refused(
+    model_folder: Path, train_file: Path, tmp_path: Path, make_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    first = tmp_path / "first"
+    sft.main(*sft.parse(arguments(model_folder, train_file, first)))
+    whole = first / "checkpoints" / "checkpoint-4"
+    half = shutil.copytree(whole, tmp_path / "checkpoint-4")
+    (half / "optimizer.pt").unlink()
+
+    def run(out: str, checkpoint: object, *more: str, model: Path = model_folder) -> Any:
+        argv = arguments(model, train_file, tmp_path / out, "--resume_from_checkpoint", str(checkpoint), *more)
+        return sft.main(*sft.parse(argv))
+
+    for checkpoint, match in {
+        tmp_path / "checkpoint-9": "checkpoint-9 is no folder",
+        half: "is no whole checkpoint-N",
+        first / "checkpoints": r"is no whole checkpoint-N; the newest in it is .*checkpoint-4",
+        model_folder: "is no whole checkpoint-N",
+    }.items():
+        with pytest.raises(UserError, match=match):
+            run("out", checkpoint)
+    with pytest.raises(UserError, match=r"holds 4 updates and this run makes 4.*max_steps"):
+        run("out", whole)
+    with pytest.raises(UserError, match="without LoRA"):
+        run("out", whole, "--max_steps", "6", "--lora", "2")
+    make_model(hidden_size=24).save_pretrained(tmp_path / "other")
+    tiny_tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="another model"):
+        run("out", whole, "--max_steps", "6", model=tmp_path / "other")
+    assert not list((tmp_path / "out").glob("*.json")), "corrected settings may use the folder"
+    assert run("out", whole, "--max_steps", "6")["steps"] == 6
+    log = json.loads((tmp_path / "out" / "log.json").read_text())
+    assert [h["step"] for h in log if "loss" in h] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.slow
