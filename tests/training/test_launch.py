@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from neureasoner.errors import UserError
 from neureasoner.training import sft
@@ -117,7 +117,13 @@ def losses(out: Path) -> list[float]:
 def test_two_processes_give_the_curve_of_one(
     model_folder: Path, train_file: Path, tmp_path: Path, layout: str, more: tuple[str, ...]
 ) -> None:
-    """And their checkpoints can be resumed. DeepSpeed compiles parts of itself on its first use: minutes."""
+    """And their checkpoints can be resumed. DeepSpeed compiles parts of itself on its first use: minutes.
+
+    The base has rows without an identity, so that new ones are drawn in every layout.
+    """
+    weights = load_file(model_folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][40:70] = weights["model.embed_tokens.weight"][40]
+    save_file(weights, model_folder / "model.safetensors", {"format": "pt"})
     if layout != "ddp" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     if layout.startswith("zero3") and "--lora" in more:
@@ -131,6 +137,7 @@ def test_two_processes_give_the_curve_of_one(
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": str(layout == "ddp").lower()}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "drawn anew" in done.stdout
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     name = "adapter_model.safetensors" if "--lora" in more else "model.safetensors"
     one, two = (load_file(tmp_path / out / name) for out in ("one", "two"))
