@@ -9,11 +9,22 @@ from neureasoner.artifacts import fingerprint as hash_of
 from neureasoner.errors import UserError
 from neureasoner.model_files import model_files, resolve
 from neureasoner.sites import SUPPORTED, Layout
+from neureasoner.spelling import loses
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["default_device", "fingerprint", "load", "load_tokenizer", "model_files", "resolve", "tokenizer_fingerprint"]
+__all__ = [
+    "default_device",
+    "fingerprint",
+    "input_device",
+    "load",
+    "load_tokenizer",
+    "loses",
+    "model_files",
+    "resolve",
+    "tokenizer_fingerprint",
+]
 
 SAMPLE = 64  # values of each parameter that enter the fingerprint
 
@@ -23,6 +34,27 @@ def default_device() -> torch.device:
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def input_device(model: Any) -> torch.device:
+    """Where token ids have to be for ``model``: where its embedding runs. Never ``meta``.
+
+    Weights that accelerate keeps elsewhere (on the CPU, on disk) are ``meta`` between two calls; its hook knows where
+    they run. Raises UserError for a model without weights.
+    """
+    import torch
+
+    embedding = model.get_input_embeddings()
+    for module in (embedding, model):
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", [hook]):
+            device = getattr(part, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    found: torch.device = next(embedding.parameters()).device
+    if found.type == "meta":
+        raise UserError(f"{type(model).__name__} has no weights (its embedding is on the device meta); load them first")
+    return found
 
 
 def load_tokenizer(name: str) -> Any:

@@ -78,3 +78,20 @@ def test_promise_10_pickled_weights_are_not_loaded(folder: Path) -> None:
 def test_unknown_dtype_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="dtype"):
         models.load(str(folder), device="cpu", dtype="float99")
+
+
+def test_ids_go_where_the_embedding_runs(make_model: Any, tmp_path: Path) -> None:
+    from accelerate import cpu_offload, disk_offload
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    assert models.input_device(make_model()) == torch.device("cpu")
+    for offloaded in (
+        cpu_offload(make_model(), execution_device=torch.device("cpu")),
+        disk_offload(make_model(), str(tmp_path / "off"), execution_device=torch.device("cpu")),
+    ):
+        assert offloaded.device.type == "meta"
+        assert models.input_device(offloaded) == torch.device("cpu")
+        add_hook_to_module(offloaded.get_input_embeddings(), ModelHook(), append=True)
+        assert models.input_device(offloaded) == torch.device("cpu")
+    with pytest.raises(UserError, match="meta"):
+        models.input_device(make_model().to("meta"))
