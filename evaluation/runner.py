@@ -70,16 +70,6 @@ def _spans(forced: Sequence[int], offsets: Sequence[int]) -> list[list[int]]:
     return spans
 
 
-def prompt_of(tokenizer: Any, problem: Problem) -> Problem | list[int]:
-    """What is generated from: the problem, or the ids of a plain prompt for a base model without a chat template.
-
-    The plain prompt is the question, a line break and ``Answer:``, with the tokenizer's own special tokens (BOS).
-    """
-    if tokenizer.chat_template is not None:
-        return problem
-    return [int(i) for i in tokenizer.encode(f"{problem.question}\nAnswer:")]
-
-
 class ArmRun:
     """All batches of one arm. ``model`` is a SteeredModel; ``k`` is the number of votes (1: no vote).
 
@@ -131,7 +121,7 @@ class ArmRun:
         # the closed thinking counts as generated (core.md §5.10), wherever it stands
         prefill = len(tokenizer.encode(NO_THINKING, add_special_tokens=False)) if self.arm.nothinking else 0
         generations = self.model.generate(
-            [prompt_of(tokenizer, p) for p in problems],
+            problems,
             max_new_tokens=max(1, config.max_new_tokens - prefill),
             temperature=config.temperature,
             top_p=config.top_p,

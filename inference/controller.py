@@ -1,17 +1,16 @@
 """The controller: watch sites while ``generate`` runs, force text when a rule fires, and steer (core.md §1.10).
 
-It lives in three places of a stock Transformers ``generate``: writing hooks where the plan's tensor rules act
-(``steering.py``), read hooks on the sites that the plan's probes declare (they see what the model goes on with, after
-the writing), and one ``LogitsProcessor``, which Transformers runs before temperature and top-p. In the processor call
-that chooses token ``t+1`` the activations of token ``t`` are known, so there is no lag. When no rule fires, scores come
-back untouched.
+It lives in three places: writing hooks where the plan's tensor rules act (``steering.py``), read hooks on the sites
+that the plan's probes declare (they see what the model goes on with, after the writing), and one logits processor,
+which runs before temperature and top-p. In the processor call that chooses token ``t+1`` the activations of token ``t``
+are known, so there is no lag. When no rule fires, scores come back untouched.
 
 Legend: B rows, T response tokens so far, C channels, V vocabulary, d features of a probe.
 
-Usage::
+``inference.decode`` runs it in our sampler; it also runs in a stock Transformers ``generate`` with a key-value cache::
 
     controller = Controller(model, tokenizer, plan, probes)
-    with controller.watch([[...prompt ids...], ...]) as watch:
+    with controller.watch([[...prompt ids...], ...], eos_ids=eos_ids(model, tokenizer)) as watch:
         model.generate(..., logits_processor=LogitsProcessorList([watch]))
     watch.rows[0].events
 """
@@ -32,6 +31,8 @@ from neureasoner.inference.plan import Plan, Rule
 from neureasoner.inference.rows import RowState, opens_thinking
 from neureasoner.inference.series import LogitSeries, SeriesBuffer
 from neureasoner.inference.steering import Steering, SteeringRun
+from neureasoner.sampler import Run
+from neureasoner.sampling import eos_ids as default_eos_ids
 from neureasoner.sites import Layout, Site, read_sites
 from neureasoner.steps import Separators, StepSegmenter
 
@@ -141,7 +142,7 @@ class Controller:
                 )
             )
         self._ask_gates(rows, prompt_ids)
-        eos = set(eos_ids) or {int(self.tokenizer.eos_token_id)}
+        eos = set(eos_ids or default_eos_ids(self.model, self.tokenizer))
         run = SteeringRun(self.steering, rows, strengths) if self.steering.rules else None
         watch = self._watch(rows, eos, run)
         hooked = [s for s in self.sites if s != LOGITS]
@@ -179,7 +180,7 @@ class Controller:
 
 class Watch(LogitsProcessor):
     """The state of one generation: rows, recorded series, what is steered, and the processor that lets sampling be,
-    forces a token, or biases the scores. ``narrows``: rows that have ended may leave the batch."""
+    forces a token, or biases the scores (see ``sampler.Watcher``)."""
 
     narrows: ClassVar[bool] = True
 
@@ -191,7 +192,10 @@ class Watch(LogitsProcessor):
         self._logits = LogitSeries() if LOGITS in controller.sites else None
         self._latest: dict[str, torch.Tensor] = {}
         self._count: Counter[str] = Counter()
-        self._live: torch.Tensor | None = None  # rows the model still reads (``narrowing.py``); None: all
+        self._live: torch.Tensor | None = None  # rows the model still reads; None: all
+
+    def begin(self, run: Run) -> None:
+        """The sampler is about to read the prompts."""
 
     def narrow(self, kept: torch.Tensor, live: torch.Tensor) -> None:
         """From the coming forward on the model reads the rows ``live [L]`` only, ``kept`` of those it read last."""

@@ -26,7 +26,8 @@ from neureasoner.inference.plan import Plan
 from neureasoner.inference.rows import RowState
 from neureasoner.inference.rules import DIRECTED, EVENTS, Rule
 from neureasoner.inference.writes import Write, writes_of, written_places
-from neureasoner.sites import Layout, edit_site
+from neureasoner.models import input_device
+from neureasoner.sites import Layout, edit_site, own
 from neureasoner.steps import BLANK, CLOSED, Separators
 
 IDS = "ids"
@@ -134,7 +135,7 @@ class Steering:
                 if token >= len(bias):
                     raise UserError(f"token {token} is not in this model's vocabulary; it is another tokenizer's")
                 bias[token] = value
-            self.biases[rule.name] = bias.to(self.model.device)
+            self.biases[rule.name] = bias.to(input_device(self.model))
 
     @property
     def vocabulary(self) -> int:
@@ -208,7 +209,7 @@ class SteeringRun:
         self._doses: dict[str, Dose] = {}
         self._seen: dict[str, torch.Tensor] = {}
         self._live: torch.Tensor | None = None  # rows the model still reads; None: all
-        self._device = steering.model.device
+        self._device = input_device(steering.model)
         self._chosen = [r for r, rule in enumerate(self.rules) if rule.edits and _choosy(rule)]
         if self._chosen:
             self._ids = {k: torch.tensor(ids, device=self._device) for k, ids in steering.listed.items()}
@@ -330,6 +331,11 @@ class SteeringRun:
     def edit(self, place: str, value: torch.Tensor) -> torch.Tensor:
         """The hook: every rule that writes here, in the plan's order. value ``[B, T, C]``."""
         self.calls[place] += 1
+        if not self.prefill and value.shape[1] > 1:
+            raise RuntimeError(
+                f"site {place}: {value.shape[1]} tokens are read again for a new one, so a rule would act on some "
+                "of them twice; a steered model needs use_cache=True"
+            )
         for write in self.steering.writes.get(place, ()):
             dose = self._doses.get(write.rule.name)
             if dose is None:
@@ -353,14 +359,19 @@ class SteeringRun:
                 stack.enter_context(edit_site(model, place, partial(self.edit, place)))
             if self._chosen:
                 embeddings = model.get_input_embeddings()
-                stack.callback(embeddings.register_forward_pre_hook(lambda _, args: self.read_ids(args[0])).remove)
+                stack.callback(embeddings.register_forward_pre_hook(own(lambda _, args: self.read_ids(args[0]))).remove)
             yield
 
     def verify(self, token: int) -> None:
         """Promise 4, for writing: every hook fired once in the forward just done. Raises RuntimeError."""
         for place in [*self.steering.places, *([IDS] if self._chosen else [])]:
-            n = self.calls[place]
-            if n != 1 and (token or n == 0):  # a long prompt may be read in pieces
+            n, writes = self.calls[place], self.steering.writes.get(place, ())
+            if n > 1 and not token and any(w.rule.source != "always" for w in writes):
+                raise RuntimeError(
+                    f"site {place}: the prompt was read in {n} pieces, and a rule would act at the end of each; "
+                    "a steered model needs prefill_chunk_size=None"
+                )
+            if n != 1 and (token or n == 0):  # under other rules a long prompt may be read in pieces
                 raise RuntimeError(
                     f"site {place}: its writing hook fired {n} times for response token {token - 1} instead of once "
                     "(was a hook removed, or the model compiled?)"

@@ -10,8 +10,10 @@ norms after the MLP) put something else at the same names, so they are refused i
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -180,11 +182,37 @@ def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+# Who calls the model. A hook sits on the module, where every caller's forward passes come by: those of another thread,
+# and those of a callback that asks the same model in the middle of a generation.
+_CALLER: ContextVar[object] = ContextVar("caller")
+
+
+def caller() -> object:
+    """Whose forward passes are running here: what ``called_by`` names, else this thread."""
+    return _CALLER.get(threading.get_ident())
+
+
+@contextmanager
+def called_by(owner: object) -> Iterator[None]:
+    """Forward passes inside are ``owner``'s, and hooks set inside act in those alone."""
+    token = _CALLER.set(owner)
+    try:
+        yield
+    finally:
+        _CALLER.reset(token)
+
+
+def own(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """``hook`` for the present caller's forward passes; in those of others it does nothing."""
+    owner = caller()
+    return lambda *args: hook(*args) if caller() == owner else None
+
+
 @contextmanager
 def read_sites(
     model: Any, sites: Iterable[str | Site], callback: Callable[[str, torch.Tensor], None]
 ) -> Iterator[Layout]:
-    """While active, call ``callback(str(site), value)`` for every site in every forward pass.
+    """While active, call ``callback(str(site), value)`` for every site in every forward pass of this caller.
 
     Values, attached to the graph as they are: ``head`` float32 norms ``[B, T, n]``; ``neuron`` signed activations
     ``[B, T, n]``; ``residual``, ``attn_out``, ``mlp_out`` vectors ``[B, T, D]``. ``n`` counts the site's indices.
@@ -204,13 +232,13 @@ def read_sites(
                 def before(_: nn.Module, args: tuple[Any, ...], name: str = name, read: Any = read) -> None:
                     callback(name, read(args[0]))
 
-                handles.append(module.register_forward_pre_hook(before))
+                handles.append(module.register_forward_pre_hook(own(before)))
             else:
 
                 def after(_: nn.Module, __: Any, output: Any, name: str = name, read: Any = read) -> None:
                     callback(name, read(_first(output)))
 
-                handles.append(module.register_forward_hook(after))
+                handles.append(module.register_forward_hook(own(after)))
         yield layout
     finally:
         for handle in handles:
@@ -219,7 +247,7 @@ def read_sites(
 
 @contextmanager
 def edit_site(model: Any, site: str | Site, fn: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[Layout]:
-    """While active, replace the value at ``site`` by ``fn(value)`` in every forward pass.
+    """While active, replace the value at ``site`` by ``fn(value)`` in every forward pass of this caller.
 
     ``fn`` gets the full tensor whatever the site's indices: ``neuron`` ``[B, T, F]``, ``head`` ``[B, T, H * hd]`` (the
     input of ``o_proj``), the others ``[B, T, D]``. Raises ValueError if it returns another shape.
@@ -243,7 +271,8 @@ def edit_site(model: Any, site: str | Site, fn: Callable[[torch.Tensor], torch.T
 
     handle = None
     try:
-        handle = module.register_forward_pre_hook(before) if is_input else module.register_forward_hook(after)
+        register = module.register_forward_pre_hook if is_input else module.register_forward_hook
+        handle = register(own(before if is_input else after))
         yield layout
     finally:
         if handle is not None:

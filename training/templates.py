@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from neureasoner.data_builders.encoding import prompt_text
 from neureasoner.data_builders.layouts import Reconstruction, Span
+from neureasoner.prompts import prompt_text
 from neureasoner.traces import THINK_CLOSE, THINK_OPEN
 
 

@@ -7,8 +7,7 @@ copied, the thinking is closed there, a stub asks for the answer, and the copy i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,31 +42,13 @@ def plainly_same(a: str, b: str) -> bool:
 
 
 class ThinkOrNotWatch(DecoderWatch):
-    """``since[i]``: response tokens of row i at its last probe. ``pads``: columns of padding before each prompt."""
+    """``since[i]``: response tokens of row i at its last probe."""
 
     narrows = False  # probes copy rows of the cache by their place in the batch
 
     def __init__(self, *given: Any):
         super().__init__(*given)
         self.since = [0] * len(self.rows)
-        self.pads: list[int] = []
-        self.width = 0
-        self.cache: Any = None
-
-    @contextmanager
-    def listening(self, prompt_ids: Sequence[Sequence[int]]) -> Iterator[None]:
-        """Look over the model's shoulder for the cache that ``generate`` gives it."""
-        self.width = max(map(len, prompt_ids))
-        self.pads = [self.width - len(ids) for ids in prompt_ids]
-
-        def keep(_: Any, __: Any, given: dict[str, Any]) -> None:
-            self.cache = given["past_key_values"]
-
-        handle = self.controller.model.register_forward_pre_hook(keep, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def _start(self) -> None:
         """The first probe, before any thinking."""
@@ -86,14 +67,9 @@ class ThinkOrNotWatch(DecoderWatch):
         """Ask these rows for their answer; close the thinking of those that are sure."""
         if not due:
             return
-        mask = torch.ones(
-            len(self.rows), self.width + self.length, dtype=torch.long, device=self.controller.model.device
-        )
-        for pad, columns in zip(self.pads, mask, strict=True):
-            columns[:pad] = 0
-        branch = Branch(self.controller.model, self.cache, mask, [i for i, _ in due])
+        run = self.sampler
+        branch = Branch(self.controller.model, run.cache, run.mask[:, : run.length], [i for i, _ in due])
         said, read = self.decoder.ask(branch, self.eos)
-        self._count.clear()  # recorded sites were passed through by the probe; the next token's reading starts anew
         rule = self.decoder.plan.rule("sure")
         for (i, row), p, tokens in zip(due, said, read.tolist(), strict=True):
             self.since[i] = len(row.tokens)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from neureasoner.errors import UserError
+from neureasoner.forward import read
 from neureasoner.probes.attribution.contrast import encode
 from neureasoner.probes.attribution.rcn_config import RcnConfig
 from neureasoner.probes.directions.config import CONTRASTS, DirectionsConfig
@@ -174,7 +175,7 @@ def _read_batch(model: Any, batch: Sequence[States], sites: Sequence[str]) -> di
         stack.enter_context(read_sites(model, [s for s in parsed if s.kind != "head"], take))
         for site in (s for s in parsed if s.kind == "head"):
             stack.enter_context(edit_site(model, site, head(site)))
-        model.model(input_ids=ids, use_cache=False)  # causal: what is right of a row cannot reach it
+        read(model, ids)  # causal: what is right of a row cannot reach it
     missing = [s for s in sites if s not in got]
     if missing:
         raise UserError(f"site '{missing[0]}' did not fire; the model skips it, so it cannot be read")

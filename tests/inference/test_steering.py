@@ -13,6 +13,7 @@ import torch
 
 from neureasoner.directions import Direction
 from neureasoner.errors import UserError
+from neureasoner.forward import cache_argument
 from neureasoner.inference.controller import Controller
 from neureasoner.inference.decode import generate_batch
 from neureasoner.inference.plan import Action, Plan, Rule, Strength, Trigger
@@ -202,8 +203,8 @@ def test_boundary_acts_only_on_tokens_that_close_a_thinking_step(talker, tokeniz
         with torch.no_grad():
             cache, given = None, torch.tensor([prompt])
             for _ in range(50):
-                out = model(given, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
+                out = model(given, use_cache=True, **{cache_argument(model): cache})
+                cache = getattr(out, cache_argument(model))
                 ids.append(int(out.logits[0, -1].argmax()))
                 if ids[-1] == tokenizer.eos_token_id:
                     break

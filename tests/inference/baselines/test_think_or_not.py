@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from neureasoner.forward import cache_argument
 from neureasoner.inference.baselines import baseline
 from neureasoner.inference.baselines.branch import Beam, Branch, boxed_answers
 from neureasoner.inference.baselines.think_or_not import (
@@ -73,7 +74,7 @@ def read_prompts(model: Any, prompts: list[list[int]], pad: int) -> tuple[Any, t
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         places = (mask.cumsum(-1) - 1).clamp_min(0)
-        model(ids, attention_mask=mask, position_ids=places, past_key_values=cache)
+        model(ids, attention_mask=mask, position_ids=places, **{cache_argument(model): cache})
     return cache, mask
 
 
