@@ -20,9 +20,10 @@ from transformers.generation.streamers import BaseStreamer
 from neureasoner.errors import UserError
 from neureasoner.inference.controller import Controller
 from neureasoner.inference.narrowing import finished_rows_leave
-from neureasoner.inference.rows import RowState, opens_thinking
+from neureasoner.inference.rows import RowState
 from neureasoner.sampling import generation_config, left_padded
 from neureasoner.steps import Separators, StepSegmenter
+from neureasoner.thinking import opens_thinking
 from neureasoner.traces import Step, Trace
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def _finish(tokenizer: Any, prompt: list[int], new: list[int], ends: set[int], w
     row: RowState | None = watch.rows[i] if watch is not None else None
     forced = [] if row is None else row.forced[: len(ids)]
     separators = Separators.of(tokenizer)
-    segmenter = StepSegmenter(separators, in_thinking=opens_thinking(prompt, tokenizer))
+    segmenter = StepSegmenter(separators, in_thinking=opens_thinking(prompt, tokenizer), ends=ends)
     for token in ids:
         segmenter.push(token)
     text, offsets = separators.offsets(ids)

@@ -23,6 +23,7 @@ from neureasoner.inference.assemble import CARD, assemble
 from neureasoner.inference.controller import Controller, Oracle
 from neureasoner.inference.decode import Generation, OnText, generate_batch
 from neureasoner.inference.plan import PLAN_FILE, Plan
+from neureasoner.thinking import closed_thinking
 from neureasoner.traces import NO_THINKING, Problem
 
 __all__ = ["NO_THINKING", "Generation", "SteeredModel", "assemble", "encode_prompt", "generate_batch"]
@@ -33,18 +34,20 @@ Prompt = Problem | str | Sequence[Mapping[str, str]] | Sequence[int]
 def encode_prompt(tokenizer: Any, prompt: Prompt, nothinking: bool = False) -> list[int]:
     """Token ids of a prompt: a Problem, a question, chat messages, or ids (taken as they are).
 
-    ``nothinking`` adds the closed thinking block (core.md §5.9).
+    ``nothinking`` adds the closed thinking block (core.md §5.9), opened first where the template does not.
     """
-    suffix = NO_THINKING if nothinking else ""
     if isinstance(prompt, Problem):
         prompt = prompt.question
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if prompt and isinstance(prompt[0], int):
         ids = [int(i) for i in cast(Sequence[int], prompt)]
-        return ids + (tokenizer.encode(suffix, add_special_tokens=False) if suffix else [])
+        closed = closed_thinking(ids, tokenizer) if nothinking else ""
+        return ids + (tokenizer.encode(closed, add_special_tokens=False) if closed else [])
     text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-    return [int(i) for i in tokenizer.encode(text + suffix, add_special_tokens=False)]
+    if nothinking:
+        text += closed_thinking(tokenizer.encode(text, add_special_tokens=False), tokenizer)
+    return [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
 
 
 def load_probes(plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
