@@ -19,7 +19,8 @@ from neureasoner.evaluation.oracle import ExactOracles
 from neureasoner.evaluation.problems import is_program
 from neureasoner.evaluation.store import Key, SampleStore, check_once, key_of
 from neureasoner.steps import Separators
-from neureasoner.traces import NO_THINKING, InterLabel, IntraLabel, Labels, Problem, Trace
+from neureasoner.thinking import closed_thinking
+from neureasoner.traces import InterLabel, IntraLabel, Labels, Problem, Trace
 
 ANSWER = "answer"  # the judge of a final answer alone: of the steps it says nothing, not that they are right
 
@@ -80,6 +81,15 @@ def prompt_of(tokenizer: Any, problem: Problem) -> Problem | list[int]:
     return [int(i) for i in tokenizer.encode(f"{problem.question}\nAnswer:")]
 
 
+def _prefill(tokenizer: Any, prompt: Problem | list[int]) -> int:
+    """Tokens of the closed thinking that is added to a prompt: they count as generated (core.md §5.10), wherever they
+    stand."""
+    from neureasoner.inference.steered import encode_prompt
+
+    closed = closed_thinking(encode_prompt(tokenizer, prompt), tokenizer)
+    return len(tokenizer.encode(closed, add_special_tokens=False)) if closed else 0
+
+
 class ArmRun:
     """All batches of one arm. ``model`` is a SteeredModel; ``k`` is the number of votes (1: no vote).
 
@@ -128,11 +138,11 @@ class ArmRun:
         oracles = ExactOracles().functions() if self.arm.trigger == "oracle" else None
         seed = self._seed(sample, batch, vote)
         tokenizer = self.model.tokenizer
-        # the closed thinking counts as generated (core.md §5.10), wherever it stands
-        prefill = len(tokenizer.encode(NO_THINKING, add_special_tokens=False)) if self.arm.nothinking else 0
+        prompts = [prompt_of(tokenizer, p) for p in problems]
+        prefills = [_prefill(tokenizer, p) if self.arm.nothinking else 0 for p in prompts]
         generations = self.model.generate(
-            [prompt_of(tokenizer, p) for p in problems],
-            max_new_tokens=max(1, config.max_new_tokens - prefill),
+            prompts,
+            max_new_tokens=max(1, config.max_new_tokens - max(prefills)),
             temperature=config.temperature,
             top_p=config.top_p,
             seed=seed,
@@ -142,7 +152,7 @@ class ArmRun:
         )
         separators = Separators.of(tokenizer)
         traces = []
-        for problem, g in zip(problems, generations, strict=True):
+        for problem, g, prefill in zip(problems, generations, prefills, strict=True):
             name = f"{problem.id}#{sample}" + (f".{vote}" if self.k > 1 else "")
             trace = g.to_trace(name, problem, arm=self.arm.name, sample=sample, vote=vote, seed=seed, scores=g.scores)
             offsets = separators.offsets(trace.response_ids)[1]
