@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 
 from neureasoner.errors import UserError
 from neureasoner.inference.steered import SteeredModel
-from neureasoner.traces import THINK_CLOSE, THINK_OPEN
+from neureasoner.sampling import eos_ids
+from neureasoner.thinking import CLOSED, OPEN, state_of, thinking_state
+from neureasoner.traces import THINK_CLOSE
 
 MISSING = ""
 try:
@@ -143,16 +145,20 @@ class AdapterLM(TemplateLM):
             self.counts[name] += int(more)
 
     def _answer(self, generation: Any, stops: Iterable[str]) -> str:
-        prompt = self.tokenizer.decode(generation.prompt_ids[-8:])
-        _, closed, answer = generation.text.rpartition(THINK_CLOSE)
-        if not closed and (prompt.rstrip().endswith(THINK_OPEN) or THINK_OPEN in answer):
-            return ""  # the cap fell into the thought: there is no answer
-        answer = (
-            answer.lstrip() if closed else answer
-        )  # else a blank line as stop text would leave nothing of any answer
-        for stop in [*stops, str(self.tokenizer.eos_token)]:
-            answer = answer.split(stop, 1)[0] if stop else answer
-        return answer
+        text, begins = generation.text, thinking_state(generation.prompt_ids, self.tokenizer)
+        last = generation.response_ids[-1:]
+        if generation.finished and last and last[0] in eos_ids(self.model.model, self.tokenizer):
+            as_is = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+            text = text.removesuffix(self.tokenizer.decode(last, **as_is))
+        if begins != CLOSED:
+            thought, closed, answer = text.partition(THINK_CLOSE)
+            if not closed and OPEN in (begins, state_of(thought)):
+                return ""  # the cap fell into the thought: there is no answer
+            # a blank line as stop text would leave nothing of any answer that follows a thought
+            text = answer.lstrip() if closed else text
+        for stop in stops:
+            text = text.split(stop, 1)[0] if stop else text
+        return text
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,13 +29,15 @@ from transformers import LogitsProcessor
 
 from neureasoner.errors import UserError
 from neureasoner.inference.plan import Plan, Rule
-from neureasoner.inference.rows import RowState, opens_thinking
+from neureasoner.inference.rows import RowState
 from neureasoner.inference.series import LogitSeries, SeriesBuffer
 from neureasoner.inference.steering import Steering, SteeringRun
 from neureasoner.sampler import Run
 from neureasoner.sampling import eos_ids as default_eos_ids
 from neureasoner.sites import Layout, Site, read_sites
 from neureasoner.steps import Separators, StepSegmenter
+from neureasoner.thinking import CLOSED, UNOPENED, thinking_state
+from neureasoner.traces import OPENED, THINK_CLOSE, THINK_OPEN
 
 LOGITS = "logits"
 Oracle = Callable[[RowState], bool]
@@ -68,8 +71,12 @@ class Controller:
         self.model, self.tokenizer, self.plan = model, tokenizer, plan
         self.probes, self.oracles, self.gates = dict(probes or {}), dict(oracles or {}), dict(gates or {})
         self.forced_ids = plan.forced_ids(tokenizer)
+        # of texts that close the thinking, for where nothing has opened it
+        self.opened_ids = {
+            r.name: replace(r.action, force=_opened(r)).ids(tokenizer) for r in plan.rules if _wants_opening(r)
+        }
         self.steering = Steering(model, tokenizer, plan, directions, accept)
-        for name, ids in self.forced_ids.items():
+        for name, ids in [*self.forced_ids.items(), *self.opened_ids.items()]:
             if max(ids) >= self.steering.vocabulary:
                 raise UserError(
                     f"plan {plan.name}, rule {name}: its text has token {max(ids)}, but the model knows "
@@ -130,19 +137,21 @@ class Controller:
         ``strengths``: for rules of strength ``per_row``, a factor for each prompt. Gates are asked here.
         """
         self.steering.check_strengths(strengths, len(prompt_ids))
+        eos = set(eos_ids or default_eos_ids(self.model, self.tokenizer))
         rows = []
         for i, ids in enumerate(prompt_ids):
+            begins = thinking_state(ids, self.tokenizer)
             rows.append(
                 RowState(
                     index=indices[i] if indices is not None else i,
-                    segmenter=StepSegmenter(self.separators, in_thinking=opens_thinking(ids, self.tokenizer)),
+                    segmenter=StepSegmenter(self.separators, in_thinking=begins != CLOSED, ends=eos),
                     tokenizer=self.tokenizer,
                     problem=problems[i] if problems is not None else None,
                     seed=seed,
+                    begins=begins,
                 )
             )
         self._ask_gates(rows, prompt_ids)
-        eos = set(eos_ids or default_eos_ids(self.model, self.tokenizer))
         run = SteeringRun(self.steering, rows, strengths) if self.steering.rules else None
         watch = self._watch(rows, eos, run)
         hooked = [s for s in self.sites if s != LOGITS]
@@ -176,6 +185,15 @@ class Controller:
             threshold = float(gate.threshold if t.threshold is None or t.probe is not None else t.threshold)
             for row, score in zip(rows, said[t.gate].tolist(), strict=True):
                 row.ask_gate(rule, score, threshold)
+
+
+def _wants_opening(rule: Rule) -> bool:
+    """Whether a rule's text closes a thinking that it does not open itself."""
+    return rule.closes and THINK_OPEN not in str(rule.action.force).partition(THINK_CLOSE)[0]
+
+
+def _opened(rule: Rule) -> str:
+    return f"{OPENED}{rule.action.force}"
 
 
 class Watch(LogitsProcessor):
@@ -250,14 +268,27 @@ class Watch(LogitsProcessor):
         return biased  # type: ignore[return-value]
 
     def _start(self) -> None:
-        """Before the first token: per row the first rule that forces its text there wins, the others are logged."""
+        """Before the first token: per row the first rule that forces its text there wins, the others are logged. So is
+        one that would close a thinking which the prompt has closed."""
         rules = [r for r in self.controller.plan.rules if r.source == "start" and r.trigger.max != 0]
         for row in self.rows:
             due = [r for r in rules if not row.barred(r)]
-            for rank, rule in enumerate(due):
-                row.log(rule, *row.asked.get(rule.name, (1.0, 0.0)), suppressed=rank > 0)
-            if due:
-                row.fire(due[0], self.controller.forced_ids[due[0].name])
+            winner = next((r for r in due if row.thinking or not r.closes), None)
+            for rule in due:
+                score, threshold = row.asked.get(rule.name, (1.0, 0.0))
+                if rule is winner:
+                    self.force(row, rule, score, threshold)
+                else:
+                    row.log(rule, score, threshold, suppressed=True)
+
+    def force(self, row: RowState, rule: Rule, score: float = 1.0, threshold: float = 0.0) -> None:
+        """Queue a rule's text and log it. One that closes the thinking before the first token opens it where the prompt
+        has not."""
+        event = row.log(rule, score, threshold, suppressed=False)
+        ids = self.controller.forced_ids[rule.name]
+        if row.begins == UNOPENED and not row.tokens and rule.name in self.controller.opened_ids:
+            event["action"], ids = _opened(rule), self.controller.opened_ids[rule.name]
+        row.fire(rule, ids)
 
     def _verify(self, input_ids: torch.Tensor) -> None:
         """Promise 4: every generated token was read once at every site."""

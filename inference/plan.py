@@ -22,7 +22,6 @@ from neureasoner.errors import UserError
 from neureasoner.inference.plan_yaml import Dumper, check_keys, rule_from_dict, rule_to_dict
 from neureasoner.inference.rules import SOURCES, TRIGGER_TOKEN, Action, Rule, Strength, Trigger, wild_kind
 from neureasoner.sites import Site
-from neureasoner.traces import THINK_CLOSE
 
 __all__ = ["PLAN_FILE", "SOURCES", "TRIGGER_TOKEN", "Action", "Plan", "Rule", "Strength", "Trigger"]
 
@@ -236,7 +235,7 @@ def _first(rule: Rule) -> int | None:
 def _closed_by(rule: Rule) -> tuple[float, float]:
     """After how many steps, and response tokens, a rule left alone has closed the thinking; infinite: it may not."""
     t, steps, tokens = rule.trigger, math.inf, math.inf
-    if THINK_CLOSE in (rule.action.force or ""):
+    if rule.closes:
         first = _first(rule)
         steps = math.inf if first is None else first
         always = rule.source == "always" and t.immediate and t.max_tokens is None
@@ -293,10 +292,6 @@ def _dead(rule: Rule, rules: tuple[Rule, ...]) -> str:
             return f"rule {other.name} always comes first, and start is evaluated once"
         if earlier and _shadows(other, rule):
             return f"rule {other.name} forces its text wherever this one is evaluated, and comes first"
-        if (
-            first == 0
-            and THINK_CLOSE in (other.action.force or "")
-            and (rule.evaluated or rule.source == "boundary" or t.phase == "think")
-        ):
+        if first == 0 and other.closes and (rule.evaluated or rule.source == "boundary" or t.phase == "think"):
             return f"rule {other.name} closes the thinking before the first token"
     return ""

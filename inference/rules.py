@@ -16,6 +16,7 @@ import numpy as np
 
 from neureasoner.errors import UserError
 from neureasoner.sites import BARE, LAYERED, Site
+from neureasoner.traces import THINK_CLOSE
 
 EVENTS = ("probe", "random", "oracle")  # evaluated again and again while the response is written
 PLACES = ("always", "decode", "boundary", "tokens")  # where a tensor rule acts without being asked
@@ -292,6 +293,11 @@ class Rule:
     def forces(self) -> bool:
         """Whether it forces a text."""
         return self.action.kind == "force"
+
+    @cached_property
+    def closes(self) -> bool:
+        """Whether its text ends the thinking."""
+        return THINK_CLOSE in (self.action.force or "")
 
     @cached_property
     def edits(self) -> bool:

@@ -28,7 +28,7 @@ from neureasoner.inference.rules import DIRECTED, EVENTS, Rule
 from neureasoner.inference.writes import Write, writes_of, written_places
 from neureasoner.models import input_device
 from neureasoner.sites import Layout, edit_site, own
-from neureasoner.steps import BLANK, CLOSED, Separators
+from neureasoner.steps import BLANK, CLOSED, WHOLE, Separators
 
 IDS = "ids"
 
@@ -121,9 +121,9 @@ class Steering:
     def _compile(self, rule: Rule, direction: Direction | None, tokenizer: Any) -> None:
         if rule.source == "boundary" and CLOSED not in self.separators.table[1]:
             raise UserError("it can never fire: no token of this tokenizer closes a step after text")
-        if rule.trigger.phase == "answer" and self.separators.think_close is None:
+        if rule.trigger.phase == "answer" and not self.separators.spells_close:
             raise UserError(
-                "it can never fire: this tokenizer has no </think>, so an answer is never told from thinking"
+                "it can never fire: this tokenizer cannot spell </think>, so an answer is never told from thinking"
             )
         if rule.source == "tokens":
             self.listed[rule.name] = rule.trigger.places(tokenizer)
@@ -213,10 +213,10 @@ class SteeringRun:
         self._chosen = [r for r, rule in enumerate(self.rules) if rule.edits and _choosy(rule)]
         if self._chosen:
             self._ids = {k: torch.tensor(ids, device=self._device) for k, ids in steering.listed.items()}
-            self._table = _next_states(steering.separators, steering.vocabulary).to(self._device)
-            ends = [i for i in (steering.separators.think_close, steering.separators.eos) if i is not None]
-            self._ends = torch.tensor(ends, device=self._device)
+            self._table, self._tags = (t.to(self._device) for t in _tables(steering.separators, steering.vocabulary))
+            self._ends = torch.tensor(sorted(rows[0].segmenter.ends), dtype=torch.long, device=self._device)
             self._state = torch.full((size,), BLANK, device=self._device)
+            self._tag = torch.zeros((size,), dtype=torch.long, device=self._device)
             self._thinking = torch.tensor([row.thinking for row in rows], device=self._device)
         self.plan(0, edits=True)
 
@@ -268,7 +268,7 @@ class SteeringRun:
                 self._measure(r)
         self._serve()
         if self._chosen:
-            self._state, self._thinking = self._state[kept], self._thinking[kept]
+            self._state, self._tag, self._thinking = self._state[kept], self._tag[kept], self._thinking[kept]
 
     def tick(self, edits: bool, alive: np.ndarray, closed: np.ndarray) -> None:
         """After a forward (without ``edits``: a choice): count and log what acted. ``alive``, ``closed`` ``[B]``."""
@@ -300,12 +300,16 @@ class SteeringRun:
             event["tokens"] = int(self.count[r, row])
 
     def read_ids(self, ids: torch.Tensor) -> None:
-        """Before a forward: which rows read a token that a rule chooses. ids ``[B, T]``; a prompt only has a phase."""
+        """Before a forward: which rows read a token that a rule chooses. ids ``[B, T]``; a prompt only has a phase.
+
+        The segmenter's automaton (``neureasoner.steps``) on the device, all rows at once.
+        """
         self.calls[IDS] += 1
         token, closing = ids[:, -1], torch.zeros_like(self._thinking)
         if not self.prefill:
-            after = torch.where(self._thinking, self._table[self._state, token], self._state)
-            self._thinking = self._thinking & ~torch.isin(token, self._ends)
+            after, self._tag = self._table[self._state, token].long(), self._tags[self._tag, token].long()
+            self._thinking = self._thinking & ~torch.isin(token, self._ends) & (self._tag < WHOLE)
+            self._tag = self._tag % WHOLE
             closing = self._thinking & (after == CLOSED)
             self._state = torch.where(after == CLOSED, BLANK, after)
         for r in self._chosen:
@@ -396,9 +400,12 @@ def _choosy(rule: Rule) -> bool:
     return rule.source in ("boundary", "tokens") or rule.trigger.phase is not None
 
 
-def _next_states(separators: Separators, size: int) -> torch.Tensor:
-    """The segmenter's table as a tensor ``[3, V]``; ids without text leave the state as it is."""
-    table = torch.arange(3)[:, None].repeat(1, max(size, separators.size))
-    for state, row in enumerate(separators.table):
-        table[state, : separators.size] = torch.from_numpy(np.frombuffer(row, dtype=np.uint8).astype(np.int64))
-    return table
+def _tables(separators: Separators, size: int) -> list[torch.Tensor]:
+    """The segmenter's tables as tensors, of steps ``[3, V]`` and of the tag ``[8, V]``; ids without text leave both."""
+    tables = []
+    for rows in (separators.table, separators.tags):
+        table = torch.arange(len(rows), dtype=torch.uint8)[:, None].repeat(1, max(size, separators.size))
+        known = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(len(rows), -1)
+        table[:, : separators.size] = torch.tensor(known)
+        tables.append(table)
+    return tables

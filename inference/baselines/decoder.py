@@ -14,7 +14,6 @@ from neureasoner.errors import UserError
 from neureasoner.inference.controller import Controller, Oracle, Watch
 from neureasoner.inference.plan import Plan
 from neureasoner.inference.rows import RowState
-from neureasoner.inference.rules import Rule
 from neureasoner.inference.steered import SteeredModel, unknown_oracles
 from neureasoner.inference.steering import SteeringRun
 from neureasoner.sampler import Run
@@ -35,11 +34,6 @@ class DecoderWatch(Watch):
     def open_rows(self) -> list[tuple[int, RowState]]:
         """Place and state of the rows still inside their thinking, nothing queued."""
         return [(i, r) for i, r in enumerate(self.rows) if not r.done and not r.queue and r.thinking]
-
-    def force(self, row: RowState, rule: Rule, score: float = 1.0, threshold: float = 0.0) -> None:
-        """Queue a rule's text and log it."""
-        row.log(rule, score, threshold, suppressed=False)
-        row.fire(rule, self.controller.forced_ids[rule.name])
 
 
 class DecoderController(Controller):

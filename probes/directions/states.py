@@ -25,6 +25,7 @@ from neureasoner.probes.directions.estimators import Example
 from neureasoner.probes.labels import labels_of
 from neureasoner.sites import LAYERED, Layout, Site, edit_site, read_sites
 from neureasoner.steps import Separators, segment
+from neureasoner.thinking import opens_thinking
 from neureasoner.traces import Trace
 
 CHUNK = 1 << 23  # values in float64 at once
@@ -97,7 +98,7 @@ def _boundaries(trace: Trace, ids: list[int], begin: int, tokenizer: Any, config
     """The last token of each step that another follows; positive where that one is execution."""
     response = ids[begin:]
     text, _ = Separators.of(tokenizer).offsets(response)
-    steps, _ = segment(response, tokenizer)
+    steps, _ = segment(response, tokenizer, in_thinking=opens_thinking(ids[:begin], tokenizer))
     at, sides = [], []
     for one, following in pairwise(steps):
         at.append(begin + one.token_end - 1)

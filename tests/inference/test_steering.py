@@ -17,7 +17,6 @@ from neureasoner.forward import cache_argument
 from neureasoner.inference.controller import Controller
 from neureasoner.inference.decode import generate_batch
 from neureasoner.inference.plan import Action, Plan, Rule, Strength, Trigger
-from neureasoner.steps import Separators
 
 _spec = importlib.util.spec_from_file_location("steering_by_hand", Path(__file__).parent / "by_hand.py")
 assert _spec and _spec.loader
@@ -180,8 +179,7 @@ def test_a_direction_of_hidden_size_at_heads_projects_what_they_write(make_model
 
 def test_boundary_acts_only_on_tokens_that_close_a_thinking_step(talker, tokenizer, prompts, kit):
     model = talker(eos=0.0, close=-3.0, seed=2)
-    separators = Separators.of(tokenizer)
-    close = separators.think_close
+    close = tokenizer.convert_tokens_to_ids("</think>")
 
     def sample(prompt: list[int]) -> tuple[list[int], list[int]]:
         """Own loop: steps found with the offline segmenter over the ids so far."""

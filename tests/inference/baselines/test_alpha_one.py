@@ -15,7 +15,6 @@ from neureasoner.inference.baselines import baseline
 from neureasoner.inference.baselines.alpha_one import mean_thinking
 from neureasoner.sampler import Run, sample
 from neureasoner.sampling import Sampling
-from neureasoner.steps import Separators
 from neureasoner.traces import THINK_CLOSE
 
 WORD = "Wait"
@@ -176,7 +175,7 @@ def test_n_think_is_the_mean_thinking_of_vanilla_runs(leaning, tokenizer, prompt
     out = baseline("vanilla", leaning({THINK_CLOSE: 24.0}), tokenizer).generate(
         prompts, temperature=0.0, max_new_tokens=30
     )
-    close = Separators.of(tokenizer).think_close
+    close = tokenizer.convert_tokens_to_ids("</think>")
     lengths = [g.response_ids.index(close) if close in g.response_ids else len(g.response_ids) for g in out]
     assert mean_thinking(out) == pytest.approx(sum(lengths) / len(lengths))
     with pytest.raises(UserError, match="at least one vanilla run"):

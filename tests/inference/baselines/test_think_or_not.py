@@ -108,7 +108,7 @@ def candidates_by_hand(
 
 
 def barred_of(tokenizer: Any) -> set[int]:
-    return set(tokenizer.all_special_ids) | {Separators.of(tokenizer).think_close}
+    return set(tokenizer.all_special_ids) | {tokenizer.convert_tokens_to_ids("</think>")}
 
 
 def test_boxed_answers_are_those_of_full_forwards(leaning, tokenizer, prompts, loop) -> None:
