@@ -58,6 +58,10 @@ class GenerateConfig:
     stream: bool = field(default=True, metadata={"help": "show a single response while it is written"})
     nothinking: bool = field(default=False, metadata={"help": "prefill the closed thinking block (NoThinking)"})
     device: str = field(default="", metadata={"help": "torch device; empty = GPU if there is one"})
+    dtype: str = field(default="", metadata={"help": "float32, bfloat16 or float16; empty = as fits the device"})
+    device_map: str = field(
+        default="", metadata={"help": "instead of device: auto, balanced or sequential over all GPUs"}
+    )
     out: str = field(default="", metadata={"help": "folder to write traces.jsonl into; empty = only show"})
 
     def __post_init__(self) -> None:

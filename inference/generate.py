@@ -73,7 +73,13 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         if folder.done:
             console.print(f"{config.out} is done already; nothing to do", soft_wrap=True)
             return folder.summary
-    steered = SteeredModel.from_pretrained(config.model, config.plan or None, device=config.device or None)
+    steered = SteeredModel.from_pretrained(
+        config.model,
+        config.plan or None,
+        device=config.device or None,
+        dtype=config.dtype or None,
+        device_map=config.device_map or None,
+    )
     if config.rules:
         steered = steered.with_plan(
             Plan("none", folder=steered.plan.folder) if config.rules == ["none"] else steered.plan.select(config.rules)

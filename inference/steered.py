@@ -154,13 +154,18 @@ class SteeredModel:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, plan: Plan | str | Path | None = None, device: Any = None, dtype: Any = None
+        cls,
+        folder: str | Path,
+        plan: Plan | str | Path | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        device_map: Any = None,
     ) -> SteeredModel:
-        """Load a steered checkpoint; ``plan`` (a Plan or a file) replaces its own.
+        """Load a steered checkpoint; ``plan`` (a Plan or a file) replaces its own, the others as in ``models.load``.
 
         Raises UserError naming a missing file, a missing trigger token, or a probe of another model.
         """
-        from neureasoner.models import load, load_tokenizer, resolve
+        from neureasoner.models import known_as, load, load_tokenizer, resolve
 
         folder = Path(resolve(str(folder)))
         if plan is None:
@@ -174,8 +179,8 @@ class SteeredModel:
         check_reachable(plan, probes)
         card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
         check_tokenizer(folder, card, load_tokenizer(str(folder)))
-        model, tokenizer = load(str(folder), device=device, dtype=dtype)
-        accept = [card["base_fingerprint"]] if card.get("base_fingerprint") else []
+        model, tokenizer = load(str(folder), device=device, dtype=dtype, device_map=device_map)
+        accept = known_as(card["base_fingerprint"]) if card.get("base_fingerprint") else ()
         steered = cls(model, tokenizer, plan, probes, accept, directions, gates)
         steered.card = card
         return steered

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from neureasoner.errors import UserError
 
@@ -93,7 +93,7 @@ class Layout:
 
     @classmethod
     def of(cls, model: Any) -> Layout:
-        """Resolve ``model``. Raises UserError naming an architecture that is not supported."""
+        """Resolve ``model``. Raises UserError naming an architecture that is not supported, or a quantised weight."""
         names = {c.__name__ for c in type(model).__mro__}
         config = getattr(model, "config", None)
         model_type = getattr(config, "model_type", None)
@@ -103,7 +103,9 @@ class Layout:
                 f"use one of {', '.join(SUPPORTED)}"
             )
         assert config is not None
-        return cls(
+        if quantisation(config) or getattr(model, "is_quantized", False):
+            refuse_quantised(type(model).__name__, quantisation(config) or "is_quantized")
+        layout = cls(
             model_type=str(model_type),
             layers=model.model.layers,
             final_norm=model.model.norm,
@@ -114,6 +116,22 @@ class Layout:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             intermediate_size=config.intermediate_size,
         )
+        layout._check_matrices(model)
+        return layout
+
+    def _check_matrices(self, model: Any) -> None:
+        """Raises UserError naming the first projection that is not a plain matrix of the size its sites need."""
+        heads, groups = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        attention = {"q_proj": heads, "k_proj": groups, "v_proj": groups, "o_proj": self.hidden_size}
+        mlp = {"gate_proj": self.intermediate_size, "up_proj": self.intermediate_size, "down_proj": self.hidden_size}
+        _check_matrix(model, "model.embed_tokens", model.model.embed_tokens, (None, self.hidden_size))
+        _check_matrix(model, "lm_head", self.lm_head, (None, self.hidden_size))
+        for i, layer in enumerate(self.layers):
+            for part, sizes in (("self_attn", attention), ("mlp", mlp)):
+                for name, rows in sizes.items():
+                    inputs = {"o_proj": heads, "down_proj": self.intermediate_size}.get(name, self.hidden_size)
+                    module = getattr(getattr(layer, part), name)
+                    _check_matrix(model, f"model.layers.{i}.{part}.{name}", module, (rows, inputs))
 
     @property
     def n_layers(self) -> int:
@@ -157,6 +175,59 @@ class Layout:
             "head": (layer.self_attn.o_proj, True),
         }
         return places[site.kind]
+
+
+def quantisation(config: Any) -> str:
+    """The method by which a model's config (an object, or what config.json holds) says it is quantised; else empty."""
+    for key in ("quantization_config", "compression_config"):
+        found = config.get(key) if isinstance(config, dict) else getattr(config, key, None)
+        if found:
+            method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+            return str(getattr(method, "value", method) or key)
+    return ""
+
+
+def refuse_quantised(what: str, method: str) -> NoReturn:
+    """Raises UserError: ``what`` is quantised by ``method``."""
+    raise UserError(
+        f"{what}: its weights are quantised ({method}), and neurons, heads and the fingerprint need the plain "
+        "matrices; load the unquantised weights it was made from, or dequantise and save it first"
+    )
+
+
+def _check_matrix(model: Any, name: str, module: Any, shape: tuple[int | None, int]) -> None:
+    import torch
+
+    weight = getattr(module, "weight", None)
+    # ZeRO-3 keeps the sizes beside a weight that lies on other ranks; a DTensor is a plain one spread over ranks
+    sizes = tuple(getattr(weight, "ds_shape", getattr(weight, "shape", ())))
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter) or type(weight).__name__ == "DTensor"
+    if not plain or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):  # type: ignore[union-attr]
+        how = type(module if weight is None or plain else weight).__name__
+        refuse_quantised(type(model).__name__, f"{name} is {how} {getattr(weight, 'dtype', '')}".strip())
+    if len(sizes) != 2 or sizes[1] != shape[1] or shape[0] not in (None, sizes[0]):
+        wanted = [n for n in shape if n is not None]
+        raise UserError(f"{type(model).__name__}: {name} holds {list(sizes)}, but the config asks for {wanted}")
+
+
+def hooks_of(module: Any) -> list[Any]:
+    """The hooks by which accelerate moves a module's weights in and out; none for a module that stays where it is."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
+def runs_on(*modules: Any) -> torch.device:
+    """Where the first of these modules runs, whoever of them knows it. ``meta`` if none does.
+
+    Weights that accelerate keeps elsewhere are ``meta`` between two calls; its hook knows where they run.
+    """
+    import torch
+
+    for hook in (h for module in modules for h in hooks_of(module)):
+        if getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
+    device: torch.device = next(modules[0].parameters()).device
+    return device
 
 
 def _reader(layout: Layout, site: Site, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -222,8 +293,7 @@ def read_sites(
     resolved = []
     for site in [layout.check(s) for s in sites]:
         module, is_input = layout.module(site)
-        device = next(module.parameters()).device
-        resolved.append((module, is_input, str(site), _reader(layout, site, device)))
+        resolved.append((module, is_input, str(site), _reader(layout, site, runs_on(module))))
     handles = []
     try:
         for module, is_input, name, read in resolved:

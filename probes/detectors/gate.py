@@ -283,10 +283,10 @@ class FailureGate:
 
     def check(self, model: Any) -> None:
         """Raises UserError unless ``model`` holds the weights this gate was fitted on."""
-        from neureasoner.models import fingerprint
+        from neureasoner.models import fingerprint, known_as
 
         found = fingerprint(model)
-        if found != self.model_fingerprint:
+        if self.model_fingerprint not in known_as(found):
             raise UserError(
                 f"the gate was fitted on model '{self.model}' ({self.model_fingerprint}), this one is {found}; "
                 "run probes gate on this model"
