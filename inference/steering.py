@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -24,59 +23,13 @@ from neureasoner.directions import Direction
 from neureasoner.errors import UserError
 from neureasoner.inference.plan import Plan
 from neureasoner.inference.rows import RowState
-from neureasoner.inference.rules import DIRECTED, EVENTS, Rule
-from neureasoner.inference.writes import Write, writes_of, written_places
+from neureasoner.inference.rules import EVENTS, Rule
+from neureasoner.inference.writes import Dose, Write, apply_write, writes_of, written_places
 from neureasoner.models import input_device
 from neureasoner.sites import Layout, edit_site, own
 from neureasoner.steps import BLANK, CLOSED, WHOLE, Separators
 
 IDS = "ids"
-
-
-@dataclass
-class Dose:
-    """What one rule gives in one forward: ``amount [B]`` float32, ``on [B]`` bool. ``kept``: deltas made of it."""
-
-    amount: torch.Tensor
-    on: torch.Tensor
-    kept: dict[int, torch.Tensor] = field(default_factory=dict)
-
-
-def apply_write(write: Write, value: torch.Tensor, dose: Dose, seen: torch.Tensor | None = None) -> torch.Tensor:
-    """``value [B, T, C]`` edited at every one of its positions; rows that are off come back bit by bit.
-
-    ``seen [B, T, H * hd]``: the input of ``o_proj``, for a write that reads heads.
-    """
-    kind, strength = write.rule.action.kind, write.rule.strength
-    if kind == "add" and not strength.relative:
-        delta = dose.kept.get(id(write))
-        if delta is None or delta.dtype != value.dtype:
-            delta = dose.amount.to(write.vector.device)[:, None] * write.vector.flatten()
-            # x + -0.0 is x for every x, which +0.0 is not
-            delta = torch.where(dose.on.to(delta.device)[:, None], delta, -0.0).to(value.dtype)[:, None]
-            dose.kept[id(write)] = delta
-        if write.index is None:
-            return value + delta
-        return value.index_add(-1, write.index, delta.expand(-1, value.shape[1], -1))
-    amount = dose.amount.to(value.device)[:, None, None, None]
-    on = dose.on.to(value.device)[:, None, None, None]
-    old = value if write.index is None else value.index_select(-1, write.index)
-    x = old.to(torch.promote_types(old.dtype, torch.float32))
-    x = x.unflatten(-1, tuple(write.vector.shape) if kind in DIRECTED else (1, -1))
-    if write.columns is not None and write.reader is not None and seen is not None:
-        component = (seen[..., write.columns].to(x.dtype) @ write.reader.to(x.dtype))[..., None, None]
-        new = x - amount * component * write.vector
-    elif kind == "scale":
-        new = x - amount * (x * write.vector).sum(-1, keepdim=True) * write.vector
-    elif kind == "set":
-        new = torch.lerp(x, write.vector.to(x.dtype), amount.to(x.dtype))
-    else:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        new = x + amount * (length if strength.relative else 1.0) * write.vector
-        if kind == "add_keep_norm":
-            new = new * (length / torch.linalg.vector_norm(new, dim=-1, keepdim=True).clamp_min(1e-12))
-    done = torch.where(on, new, x).flatten(-2).to(value.dtype)
-    return done if write.index is None else value.index_copy(-1, write.index, done)
 
 
 class Steering:

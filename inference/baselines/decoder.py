@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 
 from neureasoner.directions import Direction
 from neureasoner.errors import UserError
-from neureasoner.inference.controller import Controller, Oracle, Watch
+from neureasoner.inference.controller import Controller, Oracle
 from neureasoner.inference.plan import Plan
 from neureasoner.inference.rows import RowState
 from neureasoner.inference.steered import SteeredModel, unknown_oracles
 from neureasoner.inference.steering import SteeringRun
+from neureasoner.inference.watch import Watch
 from neureasoner.sampler import Run
 
 

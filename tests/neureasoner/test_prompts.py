@@ -53,7 +53,6 @@ TALK = [{"role": "user", "content": "What is 2 + 2?"}]
         ([], []),
         ([[]], [[]]),
     ],
-    ids=repr,
 )
 def test_every_form_is_a_list_of_prompts(given: Any, wanted: list[Any]) -> None:
     assert as_prompts(given, pad=0) == wanted
@@ -74,7 +73,6 @@ def test_every_form_is_a_list_of_prompts(given: Any, wanted: list[Any]) -> None:
         ([3.5], "float"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, "attention_mask"),
     ],
-    ids=repr,
 )
 def test_what_is_no_prompt_is_named(given: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
