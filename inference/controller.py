@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -36,7 +35,6 @@ from neureasoner.inference.steering import Steering, SteeringRun
 from neureasoner.sites import Layout, Site, read_sites
 from neureasoner.steps import Separators, StepSegmenter
 from neureasoner.thinking import CLOSED, UNOPENED, thinking_state
-from neureasoner.traces import OPENED, THINK_CLOSE, THINK_OPEN
 
 LOGITS = "logits"
 Oracle = Callable[[RowState], bool]
@@ -70,10 +68,7 @@ class Controller:
         self.model, self.tokenizer, self.plan = model, tokenizer, plan
         self.probes, self.oracles, self.gates = dict(probes or {}), dict(oracles or {}), dict(gates or {})
         self.forced_ids = plan.forced_ids(tokenizer)
-        # of texts that close the thinking, for where nothing has opened it
-        self.opened_ids = {
-            r.name: replace(r.action, force=_opened(r)).ids(tokenizer) for r in plan.rules if _wants_opening(r)
-        }
+        self.opened_ids = plan.opened_ids(tokenizer)
         self.steering = Steering(model, tokenizer, plan, directions, accept)
         for name, ids in [*self.forced_ids.items(), *self.opened_ids.items()]:
             if max(ids) >= self.steering.vocabulary:
@@ -186,15 +181,6 @@ class Controller:
                 row.ask_gate(rule, score, threshold)
 
 
-def _wants_opening(rule: Rule) -> bool:
-    """Whether a rule's text closes a thinking that it does not open itself."""
-    return rule.closes and THINK_OPEN not in str(rule.action.force).partition(THINK_CLOSE)[0]
-
-
-def _opened(rule: Rule) -> str:
-    return f"{OPENED}{rule.action.force}"
-
-
 class Watch(LogitsProcessor):
     """The state of one generation: rows, recorded series, what is steered, and the processor that lets sampling be,
     forces a token, or biases the scores. ``narrows``: rows that have ended may leave the batch."""
@@ -283,7 +269,7 @@ class Watch(LogitsProcessor):
         event = row.log(rule, score, threshold, suppressed=False)
         ids = self.controller.forced_ids[rule.name]
         if row.begins == UNOPENED and not row.tokens and rule.name in self.controller.opened_ids:
-            event["action"], ids = _opened(rule), self.controller.opened_ids[rule.name]
+            event["action"], ids = rule.opened, self.controller.opened_ids[rule.name]
         row.fire(rule, ids)
 
     def _verify(self, input_ids: torch.Tensor) -> None:
