@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,6 @@ from neureasoner.sampling import eos_ids as default_eos_ids
 from neureasoner.sites import Layout, Site, read_sites
 from neureasoner.steps import Separators, StepSegmenter
 from neureasoner.thinking import CLOSED, thinking_state
-from neureasoner.traces import OPENED, THINK_CLOSE, THINK_OPEN
 
 Oracle = Callable[[RowState], bool]
 
@@ -66,12 +64,7 @@ class Controller:
         self.model, self.tokenizer, self.plan = model, tokenizer, plan
         self.probes, self.oracles, self.gates = dict(probes or {}), dict(oracles or {}), dict(gates or {})
         self.forced_ids = plan.forced_ids(tokenizer)
-        # of texts that close the thinking, for where nothing has opened it
-        self.opened_ids = {
-            r.name: replace(r.action, force=f"{OPENED}{r.action.force}").ids(tokenizer)
-            for r in plan.rules
-            if _wants_opening(r)
-        }
+        self.opened_ids = plan.opened_ids(tokenizer)
         self.steering = Steering(model, tokenizer, plan, directions, accept)
         for name, ids in [*self.forced_ids.items(), *self.opened_ids.items()]:
             if max(ids) >= self.steering.vocabulary:
@@ -182,8 +175,3 @@ class Controller:
             threshold = float(gate.threshold if t.threshold is None or t.probe is not None else t.threshold)
             for row, score in zip(rows, said[t.gate].tolist(), strict=True):
                 row.ask_gate(rule, score, threshold)
-
-
-def _wants_opening(rule: Rule) -> bool:
-    """Whether a rule's text closes a thinking that it does not open itself."""
-    return rule.closes and THINK_OPEN not in str(rule.action.force).partition(THINK_CLOSE)[0]

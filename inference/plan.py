@@ -126,6 +126,10 @@ class Plan:
         """Token ids each rule forces, by rule name. Raises UserError for text the tokenizer lacks."""
         return {r.name: r.action.ids(tokenizer) for r in self.rules if r.forces}
 
+    def opened_ids(self, tokenizer: Any) -> dict[str, list[int]]:
+        """The same of texts that close a thinking, for where nothing has opened it."""
+        return {r.name: replace(r.action, force=r.opened).ids(tokenizer) for r in self.rules if r.opened}
+
     def check_conflicts(self, written: Mapping[str, Iterable[str | Site]]) -> None:
         """Raises UserError if two rules write one site without the policy ``order``, or one rule does so twice.
 

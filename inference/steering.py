@@ -253,10 +253,7 @@ class SteeringRun:
             event["tokens"] = int(self.count[r, row])
 
     def read_ids(self, ids: torch.Tensor) -> None:
-        """Before a forward: which rows read a token that a rule chooses. ids ``[B, T]``; a prompt only has a phase.
-
-        The segmenter's automaton (``neureasoner.steps``) on the device, all rows at once.
-        """
+        """Before a forward: which rows read a token that a rule chooses. ids ``[B, T]``; a prompt only has a phase."""
         self.calls[IDS] += 1
         token, closing = ids[:, -1], torch.zeros_like(self._thinking)
         if not self.prefill:
@@ -354,7 +351,7 @@ def _choosy(rule: Rule) -> bool:
 
 
 def _tables(separators: Separators, size: int) -> list[torch.Tensor]:
-    """The segmenter's tables as tensors, of steps ``[3, V]`` and of the tag ``[8, V]``; ids without text leave both."""
+    """The segmenter's automaton as tensors: steps ``[3, V]`` and the tag ``[8, V]``; ids without text leave both."""
     tables = []
     for rows in (separators.table, separators.tags):
         table = torch.arange(len(rows), dtype=torch.uint8)[:, None].repeat(1, max(size, separators.size))

@@ -20,7 +20,6 @@ from neureasoner.inference.steering import SteeringRun
 from neureasoner.sampler import Run
 from neureasoner.sites import Site
 from neureasoner.thinking import UNOPENED
-from neureasoner.traces import OPENED
 
 if TYPE_CHECKING:
     from neureasoner.inference.controller import Controller
@@ -119,7 +118,7 @@ class Watch(LogitsProcessor):
         event = row.log(rule, score, threshold, suppressed=False)
         ids = self.controller.forced_ids[rule.name]
         if row.begins == UNOPENED and not row.tokens and rule.name in self.controller.opened_ids:
-            event["action"], ids = f"{OPENED}{rule.action.force}", self.controller.opened_ids[rule.name]
+            event["action"], ids = rule.opened, self.controller.opened_ids[rule.name]
         row.fire(rule, ids)
 
     def _verify(self, input_ids: torch.Tensor) -> None:

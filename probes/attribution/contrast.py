@@ -57,7 +57,7 @@ def encode(trace: Trace, tokenizer: Any, config: RcnConfig) -> Row:
         if not prompt:
             raise UserError(f"trace '{trace.id}' has no prompt tokens; sample it again, or set retokenise")
     ids = [*prompt, *response]
-    ended = trace.finished and bool(response) and response[-1] in tokenizer.all_special_ids
+    ended = trace.finished and not config.retokenise and bool(response)  # its last id is the one that ended it
     return ids, max(1, len(prompt) if config.span == "response" else 1), len(ids) - ended
 
 
