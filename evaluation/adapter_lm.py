@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, astuple
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from neureasoner.errors import UserError
 from neureasoner.inference.steered import SteeredModel
-from neureasoner.sampling import eos_ids
+from neureasoner.sampling import Sampling, eos_ids, pad_id
 from neureasoner.thinking import CLOSED, OPEN, state_of, thinking_state
 from neureasoner.traces import THINK_CLOSE
 
@@ -71,8 +72,8 @@ class AdapterLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
-        return int(self.tokenizer.eos_token_id)
+        """The token that ends a text, or the one that pads where none does."""
+        return next(iter(eos_ids(self.model.model, self.tokenizer)), pad_id(self.tokenizer))
 
     @property
     def max_length(self) -> int:
@@ -109,13 +110,13 @@ class AdapterLM(TemplateLM):
         done: dict[int, str] = {}
         with Progress(disable=disable_tqdm) as bar:
             task = bar.add_task("generating", total=len(requests))
-            order = sorted(range(len(requests)), key=lambda i: settings[i][1])
+            order = sorted(range(len(requests)), key=lambda i: astuple(settings[i][1]))
             for sampling, group in groupby(order, lambda i: settings[i][1]):
                 places = list(group)
                 prompts = [self._prompt(requests[i].args[0], sampling.max_new_tokens) for i in places]
                 told = partial(_tell, bar, task, len(done))
                 generations = self.model.generate(
-                    prompts, seed=self.seed, batch_size=self.size, progress=told, **sampling._asdict()
+                    prompts, seed=self.seed, batch_size=self.size, progress=told, **asdict(sampling)
                 )
                 for i, generation in zip(places, generations, strict=True):
                     self._count(generation)
@@ -213,14 +214,6 @@ class AdapterLM(TemplateLM):
         }
 
 
-class Sampling(NamedTuple):
-    """Settings of ``SteeredModel.generate`` that a task may choose."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-
-
 def _settings(given: Any, max_gen_toks: int) -> tuple[list[str], Sampling]:
     """A task's generation settings -> (stop texts, sampling). Raises UserError for one that cannot be kept."""
     settings = dict(given or {})
@@ -230,11 +223,14 @@ def _settings(given: Any, max_gen_toks: int) -> tuple[list[str], Sampling]:
     wanted = settings.pop("temperature", None)
     drawn = bool(settings.pop("do_sample", float(wanted or 0) > 0))
     temperature = float(1.0 if wanted is None else wanted) if drawn else 0.0
-    sampling = Sampling(int(caps[0] if caps else max_gen_toks), temperature, float(settings.pop("top_p", 1.0) or 1.0))
+    cap, top_p = int(caps[0] if caps else max_gen_toks), float(settings.pop("top_p", 1.0) or 1.0)
+    sampling = Sampling(
+        cap, temperature, top_p, int(settings.pop("top_k", 0) or 0), float(settings.pop("min_p", 0) or 0)
+    )
     if settings:
         raise UserError(
             f"generation setting '{next(iter(settings))}' of this task is not offered under a plan; known: until, "
-            "max_gen_toks, do_sample, temperature, top_p"
+            "max_gen_toks, do_sample, temperature, top_p, top_k, min_p"
         )
     return stops, sampling
 

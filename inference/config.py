@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from typing import Any
 
 from neureasoner.errors import UserError
 
@@ -53,6 +55,15 @@ class GenerateConfig:
     max_new_tokens: int = field(default=512, metadata={"help": "cap on tokens, forced ones included"})
     temperature: float = field(default=0.6, metadata={"help": "sampling temperature; 0 is greedy"})
     top_p: float = field(default=0.95, metadata={"help": "nucleus of the sampling"})
+    top_k: int = field(default=0, metadata={"help": "draw from the so many likeliest tokens only; 0 means all"})
+    min_p: float = field(
+        default=0.0,
+        metadata={"help": "draw from tokens of at least this share of the likeliest one's probability"},
+    )
+    system: str = field(default="", metadata={"help": "system message before every question"})
+    chat_template_kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "settings of the chat template, such as enable_thinking=false"}
+    )
     seed: int = field(default=0, metadata={"help": "sampling seed"})
     batch_size: int = field(default=32, metadata={"help": "responses decoded together"})
     stream: bool = field(default=True, metadata={"help": "show a single response while it is written"})
@@ -72,3 +83,12 @@ class GenerateConfig:
                 raise UserError(f"key '{key}' must be at least 1, got {getattr(self, key)}")
         if self.limit < 0:
             raise UserError(f"key 'limit' must not be negative, got {self.limit}")
+        self.chat_template_kwargs = {k: _value(v) for k, v in self.chat_template_kwargs.items()}
+
+
+def _value(text: Any) -> Any:
+    """What a template's setting means that was written as text: ``false``, ``3``, ``["a"]``, or the text itself."""
+    try:
+        return json.loads(text) if isinstance(text, str) else text
+    except json.JSONDecodeError:
+        return {"True": True, "False": False}.get(text, text)

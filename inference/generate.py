@@ -14,8 +14,10 @@ from neureasoner.inference.config import GenerateConfig
 from neureasoner.inference.decode import Generation
 from neureasoner.inference.plan import Plan
 from neureasoner.inference.steered import SteeredModel
+from neureasoner.prompts import encode_prompt
 from neureasoner.stages import StageFolder
 from neureasoner.steps import Separators
+from neureasoner.thinking import opens_thinking
 from neureasoner.traces import Problem, read_problems, write_rows
 
 FORCED, SHOWN = "bold white on magenta", 20
@@ -85,7 +87,10 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
             Plan("none", folder=steered.plan.folder) if config.rules == ["none"] else steered.plan.select(config.rules)
         )
     idle = [r.name for r in steered.plan.rules if r.evaluated or r.source == "boundary" or r.trigger.phase == "think"]
-    if config.nothinking and idle:
+    first = encode_prompt(
+        steered.tokenizer, problems[0], config.nothinking, config.system or None, config.chat_template_kwargs
+    )
+    if idle and not opens_thinking(first, steered.tokenizer):
         console.print(f"[dim]the thinking is closed in the prompt, so these rules see nothing: {', '.join(idle)}[/dim]")
     jobs = [(p, s) for p in problems for s in range(config.samples)]
     streamed = config.stream and len(jobs) == 1
@@ -97,6 +102,10 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
+            system=config.system or None,
+            chat_template_kwargs=config.chat_template_kwargs,
             seed=config.seed,
             batch_size=config.batch_size,
             nothinking=config.nothinking,

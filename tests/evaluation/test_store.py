@@ -337,7 +337,7 @@ def test_curves_of_several_samples(settings: Callable[..., EvaluateConfig], tmp_
     assert "Cons@k from one draw of 5 samples" in (tmp_path / "out" / "results.md").read_text()
 
 
-def test_closing_a_thinking_needs_a_model_that_thinks(
+def test_closing_a_thinking_needs_a_tokenizer_that_can_spell_it(
     settings: Callable[..., EvaluateConfig], checkpoint: Path, tmp_path: Path
 ) -> None:
     from tokenizers import Tokenizer, models
@@ -346,6 +346,6 @@ def test_closing_a_thinking_needs_a_model_that_thinks(
     words = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1}, "a"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(tmp_path / "plain")
     write_text(tmp_path / "plain" / "config.json", (checkpoint / "base" / "config.json").read_text())
-    with pytest.raises(UserError, match=r"knows no </think>.*leave out no_thinking"):
+    with pytest.raises(UserError, match="cannot spell plain text"):
         evaluate(settings(model=str(tmp_path / "plain"), arms=["vanilla", "no_thinking"]))
     assert not (tmp_path / "out").exists()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -258,13 +257,7 @@ def test_think_or_not_asks_and_closes_behind_an_opened_thinking(
             logits[:, letters[0]] = 30.0
             return torch.log_softmax(logits, -1)
 
-    @contextmanager
-    def listening(watch: Any, prompt_ids: list[list[int]]) -> Iterator[None]:
-        watch.width, watch.pads = max(map(len, prompt_ids)), [0] * len(prompt_ids)
-        yield
-
     monkeypatch.setattr(think_or_not, "Branch", Sure)
-    monkeypatch.setattr(think_or_not.ThinkOrNotWatch, "listening", listening)
     model = baseline("think_or_not", make_model(), qwen3_like, options="AB")
     out = model.generate(prompts_of(qwen3_like), max_new_tokens=12, temperature=0)
     stub, opened = encode(qwen3_like, CLOSE + OPTION_STUB), encode(qwen3_like, "<think>\n" + CLOSE + OPTION_STUB)
