@@ -2,7 +2,7 @@
 
     python3 .ci/environment.py install      .venv, exactly as requirements.lock says
     python3 .ci/environment.py latest       .venv-latest, made anew: the newest that the majors of the ranges allow
-    python3 .ci/environment.py lock [NAME…] requirements.lock from pyproject.toml; NAME… are upgraded ("all": everything)
+    python3 .ci/environment.py lock [NAME…] requirements.lock from pyproject.toml; NAME… are upgraded ("all")
 
 PyTorch comes first: uv picks the build (CPU, or CUDA for this machine's driver) from PyTorch's own index. Where that
 index or uv cannot be had, pip takes the build of whatever index is configured; on Linux that is usually the CUDA one.
@@ -135,28 +135,32 @@ def prepare(folder: Path) -> None:
     (folder / STAMP).write_text(UNFINISHED, encoding="utf-8")
     (folder / LOG).write_text("", encoding="utf-8")
     if fresh and not run(folder, sys.executable, "-m", "venv", str(folder)):
-        raise SetupError(f"'{sys.executable} -m venv' failed; on Debian and Ubuntu: apt install python3-venv", folder / LOG)
+        raise SetupError(
+            f"'{sys.executable} -m venv' failed; on Debian and Ubuntu: apt install python3-venv", folder / LOG
+        )
     if not pip(folder, "install", "--only-binary", ":all:", UV):
         print("  uv cannot be had; pip takes longer", flush=True)
 
 
-def fill(folder: Path, wanted: Path, exact: bool) -> None:
-    """Install what the file ``wanted`` lists and this project, editable. ``exact``: the file lists everything."""
+def fill(folder: Path, wanted: Path, bounds: Path) -> None:
+    """Install what the file ``wanted`` lists, within ``bounds`` (itself, if it lists everything), and this project."""
+    exact = bounds == wanted
     torch = next(line for line in wanted.read_text(encoding="utf-8").splitlines() if re.match(r"torch\b", line))
     print(f"  {torch}", flush=True)
-    if not uv(folder, "install", "--torch-backend=auto", "-c", str(wanted), torch, UV_HTTP_RETRIES="1"):
+    if not uv(folder, "install", "--torch-backend=auto", "-c", str(bounds), torch, UV_HTTP_RETRIES="1"):
         print("  (uv could not choose its build for this machine; pip takes the one it is given)", flush=True)
-        if not pip(folder, "install", "-c", str(wanted), torch):
+        if not pip(folder, "install", "-c", str(bounds), torch):
             raise SetupError(f"{torch} could not be installed", folder / LOG)
-    print(f"  {wanted.relative_to(ROOT)}", flush=True)
-    listed = ["install", *(["--no-deps"] if exact else []), "-r", str(wanted)]
+    listed_in = wanted.relative_to(ROOT)
+    print(f"  {listed_in}", flush=True)
+    listed = ["install", *(["--no-deps"] if exact else ["-c", str(bounds)]), "-r", str(wanted)]
     if not (uv(folder, *listed, "--build-constraints", str(LOCK)) or pip(folder, *listed)):
-        raise SetupError(f"{wanted.relative_to(ROOT)} could not be installed", folder / LOG)
+        raise SetupError(f"{listed_in} could not be installed", folder / LOG)
     own = ["install", "--no-deps", "--no-build-isolation", "-e", "."]
     if not (uv(folder, *own) or pip(folder, *own)):
         raise SetupError("the project itself could not be installed", folder / LOG)
-    if not (uv(folder, "check") or pip(folder, "check")):
-        raise SetupError(f"what {wanted.relative_to(ROOT)} lists does not fit together" + " (make lock)" * exact, folder / LOG)
+    if exact and not (uv(folder, "check") or pip(folder, "check")):
+        raise SetupError(f"{listed_in}: what it lists does not fit together", folder / LOG)
 
 
 def finish(folder: Path) -> None:
@@ -171,7 +175,7 @@ def install() -> None:
         raise SetupError("requirements.lock was not made from the dependencies in pyproject.toml: run `make lock`")
     print(f"Setting up .venv with Python {sys.version.split()[0]} (once; a few minutes)", flush=True)
     prepare(folder)
-    fill(folder, LOCK, exact=True)
+    fill(folder, LOCK, LOCK)
     finish(folder)
 
 
@@ -180,13 +184,16 @@ def latest() -> None:
     print(f"Setting up .venv-latest with Python {sys.version.split()[0]}", flush=True)
     remove(folder)
     prepare(folder)
-    wanted = folder / "requirements.txt"
-    wanted.write_text("\n".join(map(loosened, [*requirements(), *requirements(EXTRA)])) + "\n", encoding="utf-8")
-    fill(folder, wanted, exact=False)
+    wanted, floor = folder / "requirements.txt", folder / "floor.txt"
+    locked = pins(LOCK.read_text(encoding="utf-8"))
+    wanted.write_text("\n".join(map(loosened, [*requirements(), *requirements(EXTRA)])), encoding="utf-8")
+    # nothing older than the lock: else one package's new major can throw its neighbours back by years
+    floor.write_text("\n".join(f"{name}>={version}" for name, version in locked.items()), encoding="utf-8")
+    fill(folder, wanted, floor)
     finish(folder)
     listing = "import importlib.metadata as m\nfor d in m.distributions(): print(f'{d.name}=={d.version}')"
     told = subprocess.run([python_of(folder), "-c", listing], capture_output=True, text=True, check=True)
-    print("\n".join(differences(pins(LOCK.read_text(encoding="utf-8")), pins(told.stdout))), flush=True)
+    print("\n".join(differences(locked, pins(told.stdout))), flush=True)
 
 
 def differences(locked: dict[str, str], found: dict[str, str]) -> list[str]:
