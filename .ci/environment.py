@@ -74,6 +74,10 @@ def python_of(folder: Path) -> str:
     return str(folder / "bin" / "python")
 
 
+def uv_of(folder: Path) -> Path:
+    return folder / "bin" / "uv"
+
+
 def run(folder: Path, *command: str, **environment: str) -> bool:
     """Whether the command went well. What it says goes to the environment's log."""
     with (folder / LOG).open("a", encoding="utf-8") as log:
@@ -91,7 +95,7 @@ def pip(folder: Path, *arguments: str) -> bool:
 
 
 def uv(folder: Path, *arguments: str, **environment: str) -> bool:
-    return run(folder, str(folder / "bin" / "uv"), "pip", *arguments, "--python", python_of(folder), **environment)
+    return run(folder, str(uv_of(folder)), "pip", *arguments, "--python", python_of(folder), **environment)
 
 
 def is_ready(folder: Path, *needs: Path) -> bool:
@@ -148,7 +152,8 @@ def fill(folder: Path, wanted: Path, bounds: Path) -> None:
     torch = next(line for line in wanted.read_text(encoding="utf-8").splitlines() if re.match(r"torch\b", line))
     print(f"  {torch}", flush=True)
     if not uv(folder, "install", "--torch-backend=auto", "-c", str(bounds), torch, UV_HTTP_RETRIES="1"):
-        print("  (uv could not choose its build for this machine; pip takes the one it is given)", flush=True)
+        if uv_of(folder).exists():
+            print("  (uv could not choose its build for this machine; pip takes the one it is given)", flush=True)
         if not pip(folder, "install", "-c", str(bounds), torch):
             raise SetupError(f"{torch} could not be installed", folder / LOG)
     listed_in = wanted.relative_to(ROOT)
@@ -209,14 +214,14 @@ def differences(locked: dict[str, str], found: dict[str, str]) -> list[str]:
 def lock(upgrade: list[str]) -> None:
     """Write ``requirements.lock``; pins that still fit stay, except those to upgrade."""
     folder = ROOT / ".venv"
-    if unusable(folder) or not (folder / "bin" / "uv").exists():
+    if unusable(folder) or not uv_of(folder).exists():
         prepare(folder)
     solved = folder / "solved.txt"
     shutil.copy(LOCK, solved) if LOCK.exists() else solved.unlink(missing_ok=True)
     flags = ["--upgrade"] if upgrade == ["all"] else [f"--upgrade-package={name}" for name in upgrade]
     lowest = re.search(r"\d+\.\d+", str(project()["requires-python"]))
     assert lowest
-    command = [str(folder / "bin" / "uv"), "pip", "compile", "--universal", "--python-version", lowest[0], *flags]
+    command = [str(uv_of(folder)), "pip", "compile", "--universal", "--python-version", lowest[0], *flags]
     command += ["--fork-strategy", "fewest", "--no-annotate", "--no-header", "--extra", EXTRA, "-o", str(solved)]
     done = subprocess.run([*command, str(PYPROJECT)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if done.returncode:
