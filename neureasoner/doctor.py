@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from neureasoner import __version__
-from neureasoner.errors import UserError
 from neureasoner.floor_config import DoctorConfig
 from neureasoner.printable import safe
 from neureasoner.traces import THINK_CLOSE, THINK_OPEN
@@ -165,7 +164,7 @@ def _thinking(tokenizer: Any) -> str:
     try:
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).rstrip()
     except Exception as e:  # whatever a template raises: it is a program of the model's
-        raise UserError(f"the chat template of the tokenizer fails ({str(e) or type(e).__name__}); fix it") from None
+        return f"the chat template fails ({type(e).__name__}: {' '.join(str(e).split())})"
     if text.endswith(THINK_CLOSE):
         return "the chat template closes it"
     return "the chat template opens it" if text.endswith(THINK_OPEN) else "the model opens it, if any"
@@ -184,6 +183,8 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
         told.append("neither tokenizer nor generation_config.json names an end token: responses end at the token limit")
     if model["thinking"] == "no chat template":
         told.append("the tokenizer has no chat template: questions are not put as it was trained to read them")
+    if "template fails" in model["thinking"]:
+        told.append("questions cannot be put to it: the chat template fails on a single question; correct it")
     if not model["hooks_fire"]:
         told.append("hooks do not fire on every token: probes and steering would miss what they watch")
     if not model["left_padding"]["consistent"]:

@@ -117,10 +117,14 @@ class _Digest:
         factors = self._factors[flat.device]
         sums = []
         for part in flat.split(4 * WORDS):
-            padded = torch.nn.functional.pad(part.to(torch.bfloat16), (0, -len(part) % 4)).contiguous()
-            words = padded.view(torch.int64)
-            sums.append((words * factors[: len(words)]).sum())
-        return [int(n) for n in torch.stack(sums).tolist()] if sums else []
+            part = part.to(torch.bfloat16)
+            if len(part) % 4 or part.storage_offset() % 4:
+                part = torch.nn.functional.pad(part, (0, -len(part) % 4))
+            words = part.view(torch.int64)
+            weighted = factors[: len(words)]
+            # the product that makes no copy is there for integers on the CPU only
+            sums.append(words.dot(weighted) if words.device.type == "cpu" else (words * weighted).sum())
+        return [int(n) for n in torch.stack(sums).tolist()]
 
 
 class _Stored:

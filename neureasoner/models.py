@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-BODY = re.compile(r"(model\.)?(embed_tokens|layers|norm|lm_head)\.")  # weights that every supported model is made of
+BODY = re.compile(r"(model\.)?(embed_tokens|layers|norm)\.")  # what every supported model is made of, its heads apart
 
 __all__ = [
     "default_device",
@@ -264,7 +264,8 @@ def _check_loaded(name: str, info: Mapping[str, Any]) -> None:
     """Raises UserError for weights that the files lack, have in other sizes, or have and the config does not know."""
 
     def some(keys: list[str]) -> str:
-        return f"{', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        return f"{len(keys)}: {', '.join(keys[:3])}{more}"
 
     mismatched = sorted(info["mismatched_keys"])
     if mismatched:
@@ -277,18 +278,18 @@ def _check_loaded(name: str, info: Mapping[str, Any]) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
-            f"model '{name}': {len(missing)} weights are missing from its files and would be random: {some(missing)}; "
-            "download or save the model again"
+            f"model '{name}': its files lack weights ({some(missing)}), which would be random; download or save the "
+            "model again"
         )
     unknown = sorted(k for k in info["unexpected_keys"] if BODY.match(k))
     if unknown:
         raise UserError(
-            f"model '{name}': {len(unknown)} weights of its files have no place in the model of its config.json: "
-            f"{some(unknown)}; put the right config.json beside the weights"
+            f"model '{name}': its files hold weights that its config.json has no place for ({some(unknown)}); put the "
+            "right config.json beside them"
         )
     others = sorted(info["unexpected_keys"])
     if others:
-        warnings.warn(f"model '{name}': weights that a language model does not use: {some(others)}", stacklevel=3)
+        warnings.warn(f"model '{name}': its files hold weights that are not used ({some(others)})", stacklevel=3)
 
 
 def _called(name: str) -> str:

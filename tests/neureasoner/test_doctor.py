@@ -96,6 +96,15 @@ def test_who_opens_the_thinking(tmp_path: Path, make_model: Any, tiny_tokenizer:
     assert who in check_model(str(tmp_path), "cpu")["thinking"]
 
 
+def test_a_template_that_fails_is_told(tmp_path: Path, make_model: Any, tiny_tokenizer: Any) -> None:
+    make_model().save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('a system turn, please') }}")
+    found = doctor(DoctorConfig(str(tmp_path), device="cpu"))
+    assert "a system turn, please" in found["model"]["thinking"]
+    assert any("template fails" in w for w in found["warnings"])
+
+
 def test_versions_outside_the_tested_ranges(
     folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
