@@ -13,9 +13,8 @@ from neureasoner import __version__
 from neureasoner.artifacts import file_fingerprint, read_json, write_json
 from neureasoner.errors import UserError
 from neureasoner.inference.config import AssembleConfig
-from neureasoner.inference.plan import PLAN_FILE, Plan
+from neureasoner.inference.plan import PLAN_FILE, Plan, find_plan
 from neureasoner.model_files import model_files
-from neureasoner.run import shipped
 from neureasoner.stages import MARK, STARTED, StageFolder
 
 CARD = "neureasoner.json"
@@ -35,7 +34,7 @@ def assemble(config: AssembleConfig) -> dict[str, Any]:
     ``out`` and renamed into place, so a killed run leaves no half checkpoint.
     """
     out, source = Path(config.out), Path(config.probes)
-    plan_file = shipped(config.plan)  # the package's own, away from a checkout
+    plan_file = find_plan(config.plan)
     plan = Plan.load(plan_file)
     if not config.probes and plan.probe_paths:
         raise UserError(

@@ -19,7 +19,9 @@ class AssembleConfig:
         metadata={"help": "folder that `probes fit` wrote (intra/, inter/, instance/, paper/), if the plan names any"},
     )
     out: str = field(default="", metadata={"help": "folder of the steered checkpoint (required)"})
-    plan: str = field(default="configs/plans/neureasoner.yaml", metadata={"help": "plan file"})
+    plan: str = field(
+        default="configs/plans/neureasoner.yaml", metadata={"help": "plan file, or a shipped plan by name"}
+    )
     base: str = field(
         default="", metadata={"help": "model this one was trained from; what was fitted on it is accepted too"}
     )
@@ -47,7 +49,7 @@ class GenerateConfig:
     )
     problems: str = field(default="", metadata={"help": "problem file (jsonl) to answer instead of prompts"})
     limit: int = field(default=0, metadata={"help": "use only the first so many problems; 0 means all"})
-    plan: str = field(default="", metadata={"help": "plan file to use instead of the checkpoint's own"})
+    plan: str = field(default="", metadata={"help": "plan (file, or shipped name) to use instead of its own"})
     rules: list[str] = field(
         default_factory=list, metadata={"help": "keep only these rules of the plan; 'none' watches nothing"}
     )

@@ -12,7 +12,7 @@ from rich.text import Text
 from neureasoner.inference.assemble import CARD
 from neureasoner.inference.config import GenerateConfig
 from neureasoner.inference.decode import Generation
-from neureasoner.inference.plan import Plan
+from neureasoner.inference.plan import Plan, find_plan
 from neureasoner.inference.steered import SteeredModel
 from neureasoner.prompts import encode_prompt
 from neureasoner.stages import StageFolder
@@ -69,7 +69,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     folder = None
     if config.out:
         card = Path(config.model) / CARD
-        inputs: list[str | Path] = [p for p in (config.problems, config.plan) if p]
+        inputs: list[str | Path] = [config.problems] if config.problems else []
+        inputs += [find_plan(config.plan)] if config.plan else []
         inputs += ([card] if card.is_file() else []) + (Plan.load(config.plan).files if config.plan else [])
         folder = StageFolder(config.out, "generate", config, inputs=inputs)
         if folder.done:

@@ -21,6 +21,7 @@ from neureasoner.artifacts import write_text
 from neureasoner.errors import UserError
 from neureasoner.inference.plan_yaml import Dumper, check_keys, rule_from_dict, rule_to_dict
 from neureasoner.inference.rules import SOURCES, TRIGGER_TOKEN, Action, Rule, Strength, Trigger, wild_kind
+from neureasoner.run import HOMES, shipped
 from neureasoner.sites import Site
 
 __all__ = ["PLAN_FILE", "SOURCES", "TRIGGER_TOKEN", "Action", "Plan", "Rule", "Strength", "Trigger"]
@@ -202,14 +203,13 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan file (or the ``plan.yaml`` of a folder)."""
-        path = Path(path)
-        if path.is_dir():
-            path = path / PLAN_FILE
+        """Read a plan file, the ``plan.yaml`` of a folder, or a shipped plan by its name."""
+        path = find_plan(path)
         try:
             value = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(f"{path}: no such plan file") from None
+            known = sorted(p.stem for home in HOMES for p in (home / "configs" / "plans").glob("*.yaml"))
+            raise UserError(f"{path}: no such plan file, nor is it one of {', '.join(dict.fromkeys(known))}") from None
         except yaml.YAMLError as e:
             mark = getattr(e, "problem_mark", None)
             at = f", line {mark.line + 1}" if mark else ""
@@ -219,6 +219,15 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Write the plan as YAML, atomically."""
         write_text(path, yaml.dump(self.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True))
+
+
+def find_plan(name: str | Path) -> Path:
+    """The file that ``name`` means: a path, a folder with a plan in it, or a shipped plan."""
+    path = Path(shipped(str(name)))
+    if path.is_dir():
+        return path / PLAN_FILE
+    by_name = Path(shipped(f"configs/plans/{name}.yaml"))
+    return by_name if not path.exists() and path.name == str(name) and by_name.is_file() else path
 
 
 def _share(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> bool:

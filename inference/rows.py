@@ -139,13 +139,18 @@ class RowState:
     def coin(self, rule: Rule) -> float:
         """A uniform number for a random trigger; depends on seed, row and rule alone, not on the batch."""
         if rule.name not in self._coins:
-            key = [self.seed, self.index, zlib.crc32(rule.name.encode())]
+            key = [self._entropy, self.index, zlib.crc32(rule.name.encode())]
             self._coins[rule.name] = np.random.default_rng(key)
         return float(self._coins[rule.name].random())
 
+    @property
+    def _entropy(self) -> int:
+        """The seed as NumPy takes it: negative ones in two's complement."""
+        return self.seed % 2**64
+
     def drawn(self, rule: Rule, low: float, high: float) -> float:
         """A number between two for this response and rule; depends on seed, row and rule alone, and on no coin."""
-        key = [self.seed, self.index, zlib.crc32(f"{rule.name} strength".encode())]
+        key = [self._entropy, self.index, zlib.crc32(f"{rule.name} strength".encode())]
         return float(np.random.default_rng(key).uniform(low, high))
 
     def statistic(self, rule: Rule, sequential: Any, score: float) -> float:
