@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from neureasoner import __version__
+from neureasoner.errors import UserError
 from neureasoner.floor_config import DoctorConfig
 from neureasoner.printable import safe
-from neureasoner.traces import THINK_CLOSE, THINK_OPEN
+from neureasoner.prompts import encode_prompt
+from neureasoner.thinking import CLOSED, OPEN, thinking_state
 
 CORE = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "scikit-learn", "numpy", "safetensors"]
 OPTIONAL = ["deepspeed", "vllm", "flash-attn", "openai", "reasoning-gym"]
@@ -157,17 +159,15 @@ def _devices(model: Any, where: Any) -> str:
 
 
 def _thinking(tokenizer: Any) -> str:
-    """Who writes ``<think>``: what the chat template's prompt ends in says it."""
+    """Who writes ``<think>``, as generation will take it."""
     if not tokenizer.chat_template:
         return "no chat template"
-    turn = [{"role": "user", "content": "One plus two?"}]
     try:
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).rstrip()
-    except Exception as e:  # whatever a template raises: it is a program of the model's
-        return f"the chat template fails ({type(e).__name__}: {' '.join(str(e).split())})"
-    if text.endswith(THINK_CLOSE):
-        return "the chat template closes it"
-    return "the chat template opens it" if text.endswith(THINK_OPEN) else "the model opens it, if any"
+        state = thinking_state(encode_prompt(tokenizer, "One plus two?"), tokenizer)
+    except UserError as e:
+        return f"the chat template fails: {e}"
+    said = {OPEN: "the chat template opens it", CLOSED: "the chat template closes it"}
+    return said.get(state, "the model opens it, if any")
 
 
 def _warnings(found: Mapping[str, Any]) -> list[str]:

@@ -71,7 +71,7 @@ def _headers(tokenizer: Any) -> list[str]:
     kept = _KEPT.get(tokenizer)
     if kept is None or kept[0] != template:
         header = _untagged(_generation_prompt(tokenizer))
-        found = [header] if header else map(_untagged, _after_messages(tokenizer))
+        found = [header] if header else map(_between_tags, _after_messages(tokenizer))
         headers = dict.fromkeys(_as_decoded(text, tokenizer) for text in found if text)
         kept = _KEPT[tokenizer] = template, list(headers)
     return kept[1]
@@ -80,6 +80,11 @@ def _headers(tokenizer: Any) -> list[str]:
 def _untagged(text: str) -> str:
     """What stands before the first tag."""
     return _TAG.split(text, maxsplit=1)[0].strip()
+
+
+def _between_tags(text: str) -> str:
+    """What stands last, but for tags at the very end: text after a message may speak of the tags before that."""
+    return _TAG.split(re.sub(rf"(?:\s|{_TAG.pattern})*\Z", "", text))[-1].strip()
 
 
 def _generation_prompt(tokenizer: Any) -> str:

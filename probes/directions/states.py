@@ -98,7 +98,9 @@ def _boundaries(trace: Trace, ids: list[int], begin: int, tokenizer: Any, config
     """The last token of each step that another follows; positive where that one is execution."""
     response = ids[begin:]
     text, _ = Separators.of(tokenizer).offsets(response)
-    steps, _ = segment(response, tokenizer, in_thinking=opens_thinking(ids[:begin], tokenizer))
+    # a finished trace ends with whatever token it is that its model ends with; read as text again, with none
+    ends = response[-1:] if trace.finished and not config.retokenise else ()
+    steps, _ = segment(response, tokenizer, ends, opens_thinking(ids[:begin], tokenizer))
     at, sides = [], []
     for one, following in pairwise(steps):
         at.append(begin + one.token_end - 1)

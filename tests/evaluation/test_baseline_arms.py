@@ -258,19 +258,6 @@ def test_an_unmarked_number_counts_unless_it_is_cut_off() -> None:
     assert not cut.correct and cut.answer is None
 
 
-def test_a_model_without_thinking_is_refused(
-    settings: Callable[..., EvaluateConfig], monkeypatch: pytest.MonkeyPatch, checkpoint: Path
-) -> None:
-    from neureasoner.steps import Separators
-
-    class Nothing:
-        spells_close = False
-
-    monkeypatch.setattr(Separators, "of", lambda tokenizer: Nothing())
-    with pytest.raises(UserError, match=r"</think>.* leave out think_or_not, alpha_one$"):
-        evaluate(settings(model=str(checkpoint / "base"), arms=["alpha_one", "wait_penalty", "think_or_not"]))
-
-
 def test_a_thinking_that_a_model_may_not_know_is_told_of(
     tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,10 +47,12 @@ def folder(make_model: Callable[..., Any], tokenizer: Any, tmp_path_factory: pyt
     return path
 
 
+def leave(folder: Path, left: dict[str, Any]) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 0} | left))
+
+
 def answers(folder: Path, left: dict[str, Any], plan: Plan) -> list[Any]:
-    file = folder / "generation_config.json"
-    whole = {"eos_token_id": 2, "pad_token_id": 0} | left
-    file.write_text(json.dumps(whole))
+    leave(folder, left)
     model, tokenizer = load(str(folder), device="cpu")
     steered, done = SteeredModel(model, tokenizer, plan, directions={"d": DENSE}), []
     for temperature in (0.0, 0.9):
@@ -89,6 +91,7 @@ def test_stock_generate_without_a_cache_is_refused_under_a_rule_that_counts_toke
     folder: Path, how: dict[str, Any], stock_config: Callable[..., Any]
 ) -> None:
     """There ``decode`` would miss what is read again, or act on each piece of a prompt."""
+    leave(folder, {})
     model, tokenizer = load(str(folder), device="cpu")
     ids = tokenizer.encode("12 + 30? Who is it?")
     for name in ("decode", "always"):

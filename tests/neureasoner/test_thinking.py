@@ -192,3 +192,13 @@ def test_a_new_template_is_read_anew(tiny_tokenizer: Any) -> None:
 )  # fmt: skip
 def test_what_a_turn_has_said(turn: str, expected: str) -> None:
     assert state_of(turn) == expected
+
+
+def test_text_behind_the_message_may_speak_of_the_tags(tiny_tokenizer: Any) -> None:
+    """A template that ignores ``add_generation_prompt`` and asks for tags in words before the header."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    words = "\nShow your work in <think> </think> tags.\nAssistant:"
+    for end, wanted in (("", UNOPENED), (" <think>\n", OPEN), ("\n<think>\n\n</think>\n\n", CLOSED)):
+        tokenizer.chat_template = "{{ messages[0]['content'] }}" + words + end
+        prompt = tokenizer.encode("What is </think>?" + words + end, add_special_tokens=False)
+        assert thinking_state(prompt, tokenizer) == wanted
