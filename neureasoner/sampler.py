@@ -28,6 +28,7 @@ from neureasoner.models import input_device
 from neureasoner.sampling import Sampling, left_padded
 from neureasoner.sites import called_by
 
+COLUMNS = 1024  # room for tokens is made in pieces of so many: a cap may be far more than is ever written
 LEAST = 1 / 8  # share of the rows read that has to have ended before they leave: leaving copies the cache of the others
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -65,7 +66,7 @@ class Drawn:
 class Run:
     """One generation under way.
 
-    ids     tokens of every row, ``[B, W + max_new_tokens]``, of which ``length`` columns are written
+    ids     tokens of every row, ``[B, room]``, of which ``length`` columns are written
     mask    0 where padding stands, else 1, of the same shape
     live    rows the model still reads, ``[L]``, in order
     cache   keys and values of all columns but the last, for the live rows
@@ -76,13 +77,10 @@ class Run:
             raise UserError("a prompt is empty; give every prompt at least one token")
         self.model, self.sampling, self.pad = model, sampling, pad
         self.device = input_device(model)
-        ids, mask = left_padded(prompts, pad, self.device)
-        self.rows, self.width = ids.shape
-        room = (self.rows, sampling.max_new_tokens)
-        self.ids = torch.cat([ids, ids.new_full(room, pad)], dim=1)
-        self.mask = torch.cat([mask, mask.new_ones(room)], dim=1)
-        self.pads = self.width - mask.sum(1)
-        self.length = self.width
+        self.ids, self.mask = left_padded(prompts, pad, self.device)
+        self.rows, self.width = self.ids.shape
+        self.pads = self.width - self.mask.sum(1)
+        self.length, self.limit = self.width, self.width + sampling.max_new_tokens
         self.live = torch.arange(self.rows, device=self.device)
         self.done = torch.zeros(self.rows, dtype=torch.bool, device=self.device)
         self.counts = torch.zeros(self.rows, dtype=torch.long, device=self.device)
@@ -122,12 +120,21 @@ class Run:
 
     def draw(self, warped: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """Choose and write the next column, ``[B]``; rows that have ended get padding."""
+        if self.length == self.ids.shape[1]:
+            self._grow(min(COLUMNS, self.limit - self.length))
         column = self.sampling.choose(warped, self.generator).masked_fill(self.done, self.pad)
         self.ids[:, self.length] = column
         self.length += 1
         self.counts += ~self.done
         self.done = self.done | torch.isin(column, ends)
         return column
+
+    def _grow(self, columns: int) -> None:
+        room = torch.full((self.rows, columns), self.pad, device=self.device)
+        self.ids = torch.cat([self.ids, room], dim=1)
+        self.mask = torch.cat([self.mask, torch.ones_like(room)], dim=1)
+        if self._narrowed is not None:
+            self._narrowed = self.mask[self.live], self._narrowed[1]
 
     def narrow(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Let the rows that have ended leave, if they are enough; which stay and which those are (see ``Watcher``)."""
@@ -210,7 +217,7 @@ def sample(
                     on_column(column.tolist())
                 if stop is not None:
                     run.done = run.done | stop(run.ids[:, : run.length])
-                if run.length == run.ids.shape[1] or bool(run.done.all()):
+                if run.length == run.limit or bool(run.done.all()):
                     break
                 left = run.narrow() if narrow and (watch is None or watch.narrows) else None
                 if left is not None and watch is not None:

@@ -96,3 +96,19 @@ def test_batches_come_back_in_order(make_model: Callable[..., Any]) -> None:
 def test_an_empty_prompt_is_refused(make_model: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match="a prompt is empty"):
         sample(make_model(), [[1], []], WHOLE, **HOW)
+
+
+def test_room_is_made_as_it_is_needed(make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cap that no memory could hold, and pieces smaller than a response; rows leave in between."""
+    from neureasoner import sampler
+
+    model, eos = make_model(), list(range(0, 60))
+    how: dict[str, Any] = {"pad": 0, "ends": eos, "seed": 4}
+    wanted = sample(model, PROMPTS * 2, Sampling(40, 1.0, 1.0), **how).rows
+    monkeypatch.setattr(sampler, "COLUMNS", 3)
+    assert sample(model, PROMPTS * 2, Sampling(40, 1.0, 1.0), **how).rows == wanted
+    assert sample(model, PROMPTS * 2, Sampling(10**12, 1.0, 1.0), **how).rows == [
+        row if row.finished else longer
+        for row, longer in zip(wanted, sample(model, PROMPTS * 2, Sampling(400, 1.0, 1.0), **how).rows, strict=True)
+    ]
+    assert all(row.finished for row in sample(model, PROMPTS * 2, Sampling(400, 1.0, 1.0), **how).rows)
