@@ -1,11 +1,10 @@
-"""Where the time of a training step goes: drawing responses and the backward passes, ours against the stock way.
+"""Where the time of a training step's backward passes goes, ours against the stock way (drawing: ``sampler.py``).
 
     .venv/bin/python benchmarks/bias.py --model tiny --prompts 6 --samples 8 --repeats 3
 
-Sampling: ``training.policy.sample`` against ``generate``, seconds per token up to each response's end; both draw from
-the whole distribution at temperature 1. Backward: parts of like length without the responses whose advantage is 0,
-against one padded batch of all, for the vectors and for all weights. Runs of the two kinds alternate, on one thread and
-in processor seconds, so that a busy machine counts little. Writes ``benchmarks/bias.json``.
+Parts of like length without the responses whose advantage is 0, against one padded batch of all, for the vectors and
+for all weights. Runs of the two kinds alternate, on one thread and in processor seconds, so that a busy machine counts
+little. Writes ``benchmarks/bias.json``.
 """
 
 from __future__ import annotations
@@ -21,9 +20,10 @@ import torch
 from neureasoner.artifacts import write_json
 from neureasoner.data_builders.problem_file import make_problems
 from neureasoner.models import load
-from neureasoner.sampling import eos_ids, generation_config, left_padded
-from neureasoner.training.policy import Samples, sample
-from neureasoner.training.policy_measure import encode, prompt_of, text_of
+from neureasoner.prompts import encode_prompt
+from neureasoner.sampler import Drawn, sample
+from neureasoner.sampling import Sampling, eos_ids, left_padded
+from neureasoner.training.policy_measure import text_of
 from neureasoner.training.policy_trainer import split
 from neureasoner.training.rewards import verified
 from neureasoner.training.vectors import BiasVectors
@@ -35,21 +35,12 @@ def seconds(work: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[float,
     return time.process_time() - begin, result
 
 
-def stock(model: Any, tokenizer: Any, prompts: list[list[int]], cap: int) -> int:
-    """Tokens that ``generate`` drew, up to and with each response's end."""
-    config = generation_config(model, tokenizer, cap, 1.0, 1.0)
-    ids, mask = left_padded(prompts, config.pad_token_id, model.device)
-    with torch.no_grad():
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :]
-    ends = set(config.eos_token_id)
-    return sum(next((t + 1 for t, i in enumerate(row) if i in ends), len(row)) for row in out.tolist())
-
-
-def batch_of(prompts: list[list[int]], drawn: Samples, advantages: list[float], pad: int) -> dict[str, torch.Tensor]:
+def batch_of(prompts: list[list[int]], rows: list[Drawn], advantages: list[float], pad: int) -> dict[str, torch.Tensor]:
     ids, mask = left_padded(prompts, pad, "cpu")
-    width = max(map(len, drawn.ids))
-    done = torch.tensor([r + [pad] * (width - len(r)) for r in drawn.ids])
-    kept = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in drawn.ids])
+    drawn = [row.ids for row in rows]
+    width = max(map(len, drawn))
+    done = torch.tensor([r + [pad] * (width - len(r)) for r in drawn])
+    kept = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in drawn])
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
     return dict(zip(names, (ids, mask, done, kept), strict=True)) | {"advantages": torch.tensor(advantages)}
 
@@ -78,20 +69,12 @@ def main() -> None:
     model, tokenizer = load(args.model, device="cpu")
     problems = make_problems(["arithmetic", "countdown", "words"], args.prompts, "train", 5)
     jobs = [p for p in problems for _ in range(args.samples)]
-    prompts = [encode(tokenizer, prompt_of(tokenizer, p)) for p in jobs]
+    prompts = [encode_prompt(tokenizer, p) for p in jobs]
     pad, ends = tokenizer.pad_token_id, eos_ids(model, tokenizer)
     spent: dict[str, list[float]] = {}
     for repeat in range(args.repeats):
-        torch.manual_seed(repeat)
-        spent_stock, tokens = seconds(stock, model, tokenizer, prompts, args.cap)
-        spent.setdefault("generate, s per 1,000 tokens", []).append(1000 * spent_stock / tokens)
-        how: dict[str, Any] = {"max_new_tokens": args.cap, "eos_ids": ends, "pad_id": pad, "seed": repeat}
-        spent_ours, drawn = seconds(sample, model, prompts, **how)
-        spent.setdefault("sample, s per 1,000 tokens", []).append(1000 * spent_ours / sum(map(len, drawn.ids)))
-        rewards = [
-            verified()(p, text_of(tokenizer, ids), ended)
-            for p, ids, ended in zip(jobs, drawn.ids, drawn.finished, strict=True)
-        ]
+        drawn = sample(model, prompts, Sampling(args.cap, 1.0, 1.0), ends=ends, pad=pad, seed=repeat).rows
+        rewards = [verified()(p, text_of(tokenizer, row.ids), row.finished) for p, row in zip(jobs, drawn, strict=True)]
         groups = torch.tensor(rewards).view(-1, args.samples)
         advantages = (groups - (groups.sum(1, keepdim=True) - groups) / (args.samples - 1)).flatten().tolist()
         batch = batch_of(prompts, drawn, advantages, pad)

@@ -17,6 +17,7 @@ from typing import Any
 
 from neureasoner.data_builders.layouts import Reconstruction, Span
 from neureasoner.errors import UserError
+from neureasoner.prompts import prompt_text
 from neureasoner.traces import FINISHED, INTER, INTRA
 
 IGNORE = -100
@@ -24,12 +25,6 @@ IGNORE = -100
 
 class TooLong(UserError):
     """A row that does not fit; rows are never cut."""
-
-
-def prompt_text(tokenizer: Any, question: str) -> str:
-    """The question as the model sees it, up to the first token of its response."""
-    message = [{"role": "user", "content": question}]
-    return str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
 
 
 def trigger_ids(tokenizer: Any, tokens: Sequence[str] = (INTRA, INTER)) -> dict[str, list[int]]:

@@ -51,17 +51,18 @@ def traces_of(config: JudgeConfig) -> Iterator[Trace]:
     if config.traces:
         yield from stream_traces(config.traces)
         return
-    from neureasoner.data_builders.encoding import prompt_text
-    from neureasoner.data_builders.rollouts import build_trace
     from neureasoner.data_builders.sources.rows import read_sources
     from neureasoner.models import load_tokenizer
+    from neureasoner.prompts import encode_prompt, encode_text
+    from neureasoner.responses import read_response
 
     tokenizer = load_tokenizer(config.tokenizer)
-    ids = lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids  # noqa: E731
+    ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     for row in read_sources(config.references):
-        end = [tokenizer.eos_token_id] if row.closed and row.finished else []
-        prompt = ids(prompt_text(tokenizer, row.question))
-        yield build_trace(tokenizer, row.problem(), row.id, prompt, [*ids(row.response), *end], source=row.source)
+        finished = row.closed and row.finished
+        ids = encode_text(tokenizer, row.response) + (ends if finished else [])
+        response = read_response(tokenizer, encode_prompt(tokenizer, row.question), ids, ends, finished)
+        yield response.to_trace(row.id, row.problem(), source=row.source)
 
 
 def _exact(config: JudgeConfig) -> Iterator[Trace]:

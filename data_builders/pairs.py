@@ -16,20 +16,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from neureasoner.data_builders.encoding import prompt_text
 from neureasoner.data_builders.judges import Judge
 from neureasoner.data_builders.pairs_config import PairsConfig
-from neureasoner.data_builders.rollouts import build_trace
 from neureasoner.errors import UserError
 from neureasoner.model_files import model_files
 from neureasoner.pairs import Pair, pair_from_dict
 from neureasoner.probes.labels import failure, instance_pairs
-from neureasoner.sampling import generation_config, left_padded
+from neureasoner.prompts import encode_prompt
+from neureasoner.responses import read_response
+from neureasoner.sampling import Sampling, eos_ids, pad_id
 from neureasoner.stages import StageFolder
 from neureasoner.steps import Separators, StepSegmenter
+from neureasoner.thinking import opens_thinking
 from neureasoner.traces import Problem, Trace, read_problems, read_records, read_traces, write_rows
+
+if TYPE_CHECKING:
+    from neureasoner.sampler import Run
 
 
 @dataclass
@@ -43,114 +47,76 @@ class Row:
     open_levels: set[str] = field(default_factory=set)
 
 
-def _after(ids: Sequence[int], separators: Separators) -> StepSegmenter:
-    """A segmenter that has read ``ids``."""
-    segmenter = StepSegmenter(separators)
-    for i in ids:
-        segmenter.push(i)
-    return segmenter
-
-
 class _StepsDone:
-    """Stopping criterion: a row is done when it has closed ``n`` more steps, left its thinking, or ended."""
+    """Stops a row when it has closed ``n`` more steps or left its thinking. ``width``: columns of the prompts."""
 
-    def __init__(self, separators: Separators, so_far: Sequence[Sequence[int]], width: int, n: int):
+    def __init__(self, segmenters: Sequence[StepSegmenter], width: int, n: int):
         self.read, self.n = width, n
-        segmenters = [_after(ids, separators) for ids in so_far]
         self.rows = [(s, len(s.bounds)) for s in segmenters]
 
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+    def __call__(self, columns: Any) -> Any:
         import torch
 
-        for column in input_ids[:, self.read :].T.tolist():
+        for column in columns[:, self.read :].T.tolist():
             for (segmenter, _), token in zip(self.rows, column, strict=True):
                 segmenter.push(token)
-        self.read = input_ids.shape[1]
+        self.read = columns.shape[1]
         done = [not s.in_thinking or len(s.bounds) - begun >= self.n for s, begun in self.rows]
-        return torch.tensor(done, device=input_ids.device)
+        return torch.tensor(done, device=columns.device)
 
 
 class Writer:
-    """Samples continuations and goes back. Legend: ``B`` rows, ``W`` padded width, ``n`` tokens kept."""
+    """Samples continuations and goes back."""
 
     def __init__(self, model: Any, tokenizer: Any, config: PairsConfig):
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.separators = Separators.of(tokenizer)
-        kinds = getattr(model.config, "layer_types", None) or []
-        self.keeps_all = "sliding_attention" not in kinds  # a sliding window has thrown old keys away
+        self.separators, self.ends = Separators.of(tokenizer), eos_ids(model, tokenizer)
 
-    def write(
-        self, rows: Sequence[Row], steps: int, seed: int, cache: Any = None
-    ) -> tuple[list[list[int]], Any, list[int]]:
+    def write(self, rows: Sequence[Row], steps: int, seed: int, cache: Any = None) -> tuple[list[list[int]], Run]:
         """Continue every row by ``steps`` closed steps (0: to its end).
 
-        -> (new token ids of each row, the cache, left padding of each row). ``cache`` covers all but the last token of
+        -> (new token ids of each row, the run, whose cache holds all rows). ``cache`` covers all but the last token of
         every row, which must then be of one length.
         """
-        import torch
-        from transformers import StoppingCriteriaList
+        from neureasoner.sampler import sample
 
         whole = [[*r.prompt, *r.response] for r in rows]
-        room = self.config.max_new_tokens - min(len(r.response) for r in rows)
-        settings = generation_config(
-            self.model, self.tokenizer, max(1, room), self.config.temperature, self.config.top_p
-        )
-        device = self.model.device
-        ids, mask = left_padded(whole, settings.pad_token_id, device)
-        width = ids.shape[1]
-        pads = [width - len(w) for w in whole]
-        more: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        room = max(1, self.config.max_new_tokens - min(len(r.response) for r in rows))
+        stop = None
         if steps:
-            stop = _StepsDone(self.separators, [r.response for r in rows], width, steps)
-            more["stopping_criteria"] = StoppingCriteriaList([stop])  # type: ignore[list-item]
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.inference_mode():
-            torch.manual_seed(seed)
-            out = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=settings,
-                return_dict_in_generate=True,
-                **more,
-            )
-        new = []
-        for row, tokens in zip(rows, out.sequences[:, width:].tolist(), strict=True):
-            limit = self.config.max_new_tokens - len(row.response)
-            new.append(self._own(row.response, tokens, steps)[: max(limit, 0)])
-        return new, out.past_key_values, pads
+            stop = _StepsDone([self._after(r) for r in rows], max(map(len, whole)), steps)
+        done = sample(
+            self.model,
+            whole,
+            Sampling(room, self.config.temperature, self.config.top_p),
+            ends=self.ends,
+            pad=pad_id(self.tokenizer, self.ends),
+            seed=seed,
+            stop=stop,
+            cache=cache,
+            narrow=False,
+        )
+        limits = [max(0, self.config.max_new_tokens - len(r.response)) for r in rows]
+        return [drawn.ids[:n] for drawn, n in zip(done.rows, limits, strict=True)], done.run
 
-    def _own(self, response: Sequence[int], tokens: list[int], steps: int) -> list[int]:
-        """The row's own new tokens: up to its end, or to the step that stopped it (others wrote on beside it)."""
-        segmenter = _after(response, self.separators)
-        begun = len(segmenter.bounds)
-        for at, token in enumerate(tokens, 1):
-            segmenter.push(token)
-            ended = token == self.tokenizer.eos_token_id
-            if ended or (steps and (not segmenter.in_thinking or len(segmenter.bounds) - begun >= steps)):
-                return tokens[:at]
-        return tokens
+    def _after(self, row: Row) -> StepSegmenter:
+        """A segmenter that has read the row's response so far."""
+        segmenter = StepSegmenter(
+            self.separators, in_thinking=opens_thinking(row.prompt, self.tokenizer), ends=self.ends
+        )
+        for i in row.response:
+            segmenter.push(i)
+        return segmenter
 
-    def back(self, cache: Any, row: int, pad: int, n: int, copies: int) -> Any:
-        """A cache of ``copies`` equal rows that holds the first ``n`` tokens of one row of ``cache``, or None.
+    def back(self, run: Run, row: int, n: int, copies: int) -> Any:
+        """A cache of ``copies`` equal rows that holds the first ``n`` tokens of one row of ``run``, or None: then the
+        prefix is read again. Nothing needs to be kept beforehand (core.md §1.4)."""
+        from neureasoner.caches import prefix
 
-        A causal cache of a prefix is a prefix of the cache, so nothing needs to be kept beforehand (§1.4). None where
-        the model has thrown keys away: then the prefix is read again.
-        """
-        from transformers import DynamicCache
-
-        if not self.keeps_all or n < 1:
-            return None
-        kept = DynamicCache(config=self.model.config)
-        for i, layer in enumerate(cache.layers):
-            keys, values = (
-                x[row : row + 1, :, pad : pad + n].expand(copies, -1, -1, -1).contiguous()
-                for x in (layer.keys, layer.values)
-            )
-            kept.update(keys, values, i)
-        return kept
+        return prefix(self.model, run.cache, row, int(run.pads[row]), n, copies)
 
     def trace(self, row: Row, response: Sequence[int]) -> Trace:
-        return build_trace(self.tokenizer, row.problem, row.name, row.prompt, response)
+        return read_response(self.tokenizer, row.prompt, response, self.ends).to_trace(row.name, row.problem)
 
 
 def pairs_of(writer: Writer, judge: Judge, rows: Sequence[Row], seed: int, counts: dict[str, int]) -> Iterator[Pair]:
@@ -159,7 +125,7 @@ def pairs_of(writer: Writer, judge: Judge, rows: Sequence[Row], seed: int, count
     for row in active:
         row.open_levels = set(config.levels)
     while active:
-        new, cache, pads = writer.write(active, config.every, seed + 1009 * round_)
+        new, run = writer.write(active, config.every, seed + 1009 * round_)
         still = []
         for i, (row, tokens) in enumerate(zip(active, new, strict=True)):
             row.response += tokens
@@ -172,7 +138,7 @@ def pairs_of(writer: Writer, judge: Judge, rows: Sequence[Row], seed: int, count
                     continue
                 row.open_levels.discard(level)
                 counts[f"{level} failures"] += 1
-                pair = _twin(writer, judge, row, trace, level, found, cache, i, pads[i], seed + 7919 * (i + 1), counts)
+                pair = _twin(writer, judge, row, trace, level, found, run, i, seed + 7919 * (i + 1), counts)
                 if pair is not None:
                     yield pair
             in_thinking = trace.thinking_end == len(row.response)
@@ -189,9 +155,8 @@ def _twin(
     trace: Trace,
     level: str,
     found: tuple[int, int],
-    cache: Any,
+    run: Run,
     at: int,
-    pad: int,
     seed: int,
     counts: dict[str, int],
 ) -> Pair | None:
@@ -200,8 +165,8 @@ def _twin(
     begin = trace.steps[first].token_start
     tries = writer.config.tries
     prefix = Row(row.problem, row.name, row.prompt, list(row.response[:begin]))
-    kept = writer.back(cache, at, pad, len(row.prompt) + begin - 1, tries)
-    drawn, _, _ = writer.write([prefix] * tries, end - first, seed, kept)
+    kept = writer.back(run, at, len(row.prompt) + begin - 1, tries)
+    drawn, _ = writer.write([prefix] * tries, end - first, seed, kept)
     for n, tokens in enumerate(drawn, 1):
         clean = writer.trace(row, [*prefix.response, *tokens])
         if len(clean.steps) < end or not clean.steps[end - 1].closed:
@@ -246,14 +211,7 @@ def make_pairs(config: PairsConfig, judge: Judge | None = None) -> dict[str, Any
             parts.append(part)
             batch = jobs[b : b + config.batch_size]
             if not part.is_file():
-                rows = [
-                    Row(
-                        p,
-                        f"{p.id}#{s}",
-                        tokenizer(prompt_text(tokenizer, p.question), add_special_tokens=False)["input_ids"],
-                    )
-                    for p, s in batch
-                ]
+                rows = [Row(p, f"{p.id}#{s}", encode_prompt(tokenizer, p)) for p, s in batch]
                 found = list(pairs_of(writer, judge, rows, config.seed * 100_003 + b, counts))
                 write_rows(part, [{"pairs": [asdict(p) for p in found], "counts": dict(counts)}])
                 counts.clear()

@@ -2,53 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import import_module
 from itertools import islice
 from typing import Any
 
 from neureasoner.data_builders.config import RolloutsConfig
-from neureasoner.data_builders.encoding import prompt_text
 from neureasoner.data_builders.families import FAMILIES
 from neureasoner.data_builders.grading.grade import answer_of, grade
 from neureasoner.model_files import model_files
-from neureasoner.sampling import generation_config, left_padded
+from neureasoner.prompts import encode_prompt
+from neureasoner.responses import read_response
+from neureasoner.sampling import Sampling, eos_ids, pad_id
 from neureasoner.stages import StageFolder
-from neureasoner.steps import segment
-from neureasoner.traces import NO_THINKING, Problem, Trace, read_problems, read_traces, write_rows
-
-
-def build_trace(
-    tokenizer: Any, problem: Problem, name: str, prompt_ids: Sequence[int], response_ids: Sequence[int], **meta: Any
-) -> Trace:
-    """Assemble a Trace: text, steps and whether it ended by itself."""
-    ids = list(response_ids)
-    finished = bool(ids) and ids[-1] == tokenizer.eos_token_id
-    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    steps, thinking = segment(ids, tokenizer)
-    return Trace(
-        name, problem, list(prompt_ids), ids, text, steps, finished, meta={"thinking_tokens": thinking, **meta}
-    )
-
-
-def sample_batch(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], config: RolloutsConfig, seed: int
-) -> list[list[int]]:
-    """Sample one response per prompt (left-padded batch). Returns token ids up to and with EOS."""
-    import torch
-
-    settings = generation_config(model, tokenizer, config.max_new_tokens, config.temperature, config.top_p)
-    ids, mask = left_padded(prompts, settings.pad_token_id, model.device)
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.inference_mode():
-        torch.manual_seed(seed)
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=settings,
-        )
-    eos = tokenizer.eos_token_id
-    rows = out[:, ids.shape[1] :].tolist()
-    return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+from neureasoner.traces import Problem, Trace, read_problems, read_traces, write_rows
 
 
 def sample_rollouts(config: RolloutsConfig) -> dict[str, Any]:
@@ -106,14 +72,16 @@ def sample_rollouts(config: RolloutsConfig) -> dict[str, Any]:
 def _sample_part(
     model: Any, tokenizer: Any, batch: list[tuple[Problem, int]], config: RolloutsConfig, seed: int
 ) -> list[Trace]:
-    texts = [prompt_text(tokenizer, p.question) + (NO_THINKING if config.no_thinking else "") for p, _ in batch]
-    prompts = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
-    responses = sample_batch(model, tokenizer, prompts, config, seed)
-    traces = [
-        build_trace(tokenizer, p, f"{p.id}#{s}", prompt, response, seed=seed, no_thinking=config.no_thinking)
-        for (p, s), prompt, response in zip(batch, prompts, responses, strict=True)
+    """One response to each (problem, sample) of a batch."""
+    from neureasoner.sampler import sample  # heavy, and only needed here
+
+    ends = eos_ids(model, tokenizer)
+    prompts = [encode_prompt(tokenizer, p, config.no_thinking) for p, _ in batch]
+    settings = Sampling(config.max_new_tokens, config.temperature, config.top_p)
+    drawn = sample(model, prompts, settings, ends=ends, pad=pad_id(tokenizer, ends), seed=seed).rows
+    return [
+        read_response(tokenizer, prompt, row.ids, ends).to_trace(
+            f"{p.id}#{s}", p, seed=seed, no_thinking=config.no_thinking
+        )
+        for (p, s), prompt, row in zip(batch, prompts, drawn, strict=True)
     ]
-    if config.no_thinking:  # the thinking was closed in the prompt: nothing of the response belongs to it
-        for t in traces:
-            t.steps, t.meta["thinking_tokens"] = [], 0
-    return traces

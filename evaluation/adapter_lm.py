@@ -16,14 +16,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, astuple
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from neureasoner.errors import UserError
 from neureasoner.inference.steered import SteeredModel
-from neureasoner.traces import THINK_CLOSE, THINK_OPEN
+from neureasoner.sampling import Sampling, eos_ids, pad_id
+from neureasoner.thinking import CLOSED, OPEN, state_of, thinking_state
+from neureasoner.traces import THINK_CLOSE
 
 MISSING = ""
 try:
@@ -69,8 +72,8 @@ class AdapterLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
-        return int(self.tokenizer.eos_token_id)
+        """The token that ends a text, or the one that pads where none does."""
+        return next(iter(eos_ids(self.model.model, self.tokenizer)), pad_id(self.tokenizer))
 
     @property
     def max_length(self) -> int:
@@ -107,13 +110,13 @@ class AdapterLM(TemplateLM):
         done: dict[int, str] = {}
         with Progress(disable=disable_tqdm) as bar:
             task = bar.add_task("generating", total=len(requests))
-            order = sorted(range(len(requests)), key=lambda i: settings[i][1])
+            order = sorted(range(len(requests)), key=lambda i: astuple(settings[i][1]))
             for sampling, group in groupby(order, lambda i: settings[i][1]):
                 places = list(group)
                 prompts = [self._prompt(requests[i].args[0], sampling.max_new_tokens) for i in places]
                 told = partial(_tell, bar, task, len(done))
                 generations = self.model.generate(
-                    prompts, seed=self.seed, batch_size=self.size, progress=told, **sampling._asdict()
+                    prompts, seed=self.seed, batch_size=self.size, progress=told, **asdict(sampling)
                 )
                 for i, generation in zip(places, generations, strict=True):
                     self._count(generation)
@@ -143,16 +146,20 @@ class AdapterLM(TemplateLM):
             self.counts[name] += int(more)
 
     def _answer(self, generation: Any, stops: Iterable[str]) -> str:
-        prompt = self.tokenizer.decode(generation.prompt_ids[-8:])
-        _, closed, answer = generation.text.rpartition(THINK_CLOSE)
-        if not closed and (prompt.rstrip().endswith(THINK_OPEN) or THINK_OPEN in answer):
-            return ""  # the cap fell into the thought: there is no answer
-        answer = (
-            answer.lstrip() if closed else answer
-        )  # else a blank line as stop text would leave nothing of any answer
-        for stop in [*stops, str(self.tokenizer.eos_token)]:
-            answer = answer.split(stop, 1)[0] if stop else answer
-        return answer
+        text, begins = generation.text, thinking_state(generation.prompt_ids, self.tokenizer)
+        last = generation.response_ids[-1:]
+        if generation.finished and last and last[0] in eos_ids(self.model.model, self.tokenizer):
+            as_is = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+            text = text.removesuffix(self.tokenizer.decode(last, **as_is))
+        if begins != CLOSED:
+            thought, closed, answer = text.partition(THINK_CLOSE)
+            if not closed and OPEN in (begins, state_of(thought)):
+                return ""  # the cap fell into the thought: there is no answer
+            # a blank line as stop text would leave nothing of any answer that follows a thought
+            text = answer.lstrip() if closed else text
+        for stop in stops:
+            text = text.split(stop, 1)[0] if stop else text
+        return text
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
@@ -207,14 +214,6 @@ class AdapterLM(TemplateLM):
         }
 
 
-class Sampling(NamedTuple):
-    """Settings of ``SteeredModel.generate`` that a task may choose."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-
-
 def _settings(given: Any, max_gen_toks: int) -> tuple[list[str], Sampling]:
     """A task's generation settings -> (stop texts, sampling). Raises UserError for one that cannot be kept."""
     settings = dict(given or {})
@@ -224,11 +223,14 @@ def _settings(given: Any, max_gen_toks: int) -> tuple[list[str], Sampling]:
     wanted = settings.pop("temperature", None)
     drawn = bool(settings.pop("do_sample", float(wanted or 0) > 0))
     temperature = float(1.0 if wanted is None else wanted) if drawn else 0.0
-    sampling = Sampling(int(caps[0] if caps else max_gen_toks), temperature, float(settings.pop("top_p", 1.0) or 1.0))
+    cap, top_p = int(caps[0] if caps else max_gen_toks), float(settings.pop("top_p", 1.0) or 1.0)
+    sampling = Sampling(
+        cap, temperature, top_p, int(settings.pop("top_k", 0) or 0), float(settings.pop("min_p", 0) or 0)
+    )
     if settings:
         raise UserError(
             f"generation setting '{next(iter(settings))}' of this task is not offered under a plan; known: until, "
-            "max_gen_toks, do_sample, temperature, top_p"
+            "max_gen_toks, do_sample, temperature, top_p, top_k, min_p"
         )
     return stops, sampling
 

@@ -220,12 +220,14 @@ def replay(trace: Trace, plan: Plan, tokenizer: Any) -> dict[str, tuple[int, int
     from neureasoner.inference.rows import RowState
     from neureasoner.probes.features import MIN_TOKENS
     from neureasoner.steps import Separators, StepSegmenter
+    from neureasoner.thinking import opens_thinking
 
-    row = RowState(0, StepSegmenter(Separators.of(tokenizer)), tokenizer)
     forced, order = plan.forced_ids(tokenizer), _alarmed(plan)
     won = {e["token"]: e["rule"] for e in trace.events if not e["suppressed"] and e["rule"] in order}
     due, fired = dict.fromkeys(order, 0), dict.fromkeys(order, 0)
     eos = {trace.response_ids[-1]} if trace.finished else set()
+    opened = opens_thinking(trace.prompt_ids, tokenizer)
+    row = RowState(0, StepSegmenter(Separators.of(tokenizer), opened, eos), tokenizer)
     for token in trace.response_ids:
         row.pop()
         row.push(token, eos)

@@ -66,17 +66,21 @@ def first_tokens(model: Any, tokenizer: Any, problems: Sequence[Problem], templa
     """The ``k`` tokens likeliest to begin a response, by their mean probability over ``problems``; special ones not."""
     import torch
 
-    from neureasoner.sampling import left_padded
-    from neureasoner.training.policy_measure import encode, prompt_of
+    from neureasoner.caches import new_cache
+    from neureasoner.forward import next_logits
+    from neureasoner.models import input_device
+    from neureasoner.prompts import encode_text
+    from neureasoner.sampling import left_padded, pad_id
+    from neureasoner.training.policy_measure import prompt_of
 
-    prompts = [encode(tokenizer, prompt_of(tokenizer, p, template)) for p in problems]
-    total = torch.zeros(model.config.vocab_size, device=model.device)
+    prompts = [encode_text(tokenizer, prompt_of(tokenizer, p, template)) for p in problems]
+    device = input_device(model)
+    total = torch.zeros(model.config.vocab_size, device=device)
     for start in range(0, len(prompts), 32):
-        ids, mask = left_padded(prompts[start : start + 32], tokenizer.pad_token_id, model.device)
+        ids, mask = left_padded(prompts[start : start + 32], pad_id(tokenizer), device)
         position = (mask.cumsum(1) - 1).clamp(min=0)
         with torch.inference_mode():
-            logits = model(input_ids=ids, attention_mask=mask, position_ids=position, logits_to_keep=1).logits
-        total += logits[:, -1].float().softmax(-1).sum(0)
+            total += next_logits(model, ids, mask, position, new_cache(model)).to(device).softmax(-1).sum(0)
     total[list(tokenizer.all_special_ids)] = 0
     return [tokenizer.decode([i]) for i in total[: len(tokenizer)].topk(k).indices.tolist()]
 

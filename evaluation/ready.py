@@ -11,17 +11,24 @@ from neureasoner.artifacts import read_json
 from neureasoner.errors import UserError
 from neureasoner.evaluation.arms import Arm
 from neureasoner.model_files import resolve
+from neureasoner.traces import THINK_CLOSE
 
 
 def check_thinking(base: str, arms: Sequence[Arm]) -> None:
-    """Closing a thinking that a model does not know would measure nothing. Raises UserError."""
+    """Closing a thinking that a model does not know would measure nothing: says so where neither a token nor the
+    template tells that the model knows it. (A tokenizer that could not even spell it is not loaded.)"""
     from neureasoner.models import load_tokenizer
     from neureasoner.steps import Separators
 
     closing = [a.name for a in arms if a.nothinking or a.baseline not in ("", "wait_penalty")]
-    if closing and Separators.of(load_tokenizer(base)).think_close is None:
-        raise UserError(
-            f"{base}: its tokenizer knows no </think>, so there is no thinking to close; leave out {', '.join(closing)}"
+    if not closing:
+        return
+    tokenizer = load_tokenizer(base)
+    separators = Separators.of(tokenizer)
+    if not separators.closing and THINK_CLOSE not in str(getattr(tokenizer, "chat_template", None)):
+        print(
+            f"note: {THINK_CLOSE} is no token of {base} and not in its chat template; if the model was not trained to "
+            f"think, {', '.join(closing)} measure nothing"
         )
 
 

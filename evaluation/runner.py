@@ -18,8 +18,10 @@ from neureasoner.evaluation.metrics import Outcome, majority
 from neureasoner.evaluation.oracle import ExactOracles
 from neureasoner.evaluation.problems import is_program
 from neureasoner.evaluation.store import Key, SampleStore, check_once, key_of
+from neureasoner.prompts import encode_prompt, encode_text
 from neureasoner.steps import Separators
-from neureasoner.traces import NO_THINKING, InterLabel, IntraLabel, Labels, Problem, Trace
+from neureasoner.thinking import closed_thinking
+from neureasoner.traces import InterLabel, IntraLabel, Labels, Problem, Trace
 
 ANSWER = "answer"  # the judge of a final answer alone: of the steps it says nothing, not that they are right
 
@@ -70,14 +72,10 @@ def _spans(forced: Sequence[int], offsets: Sequence[int]) -> list[list[int]]:
     return spans
 
 
-def prompt_of(tokenizer: Any, problem: Problem) -> Problem | list[int]:
-    """What is generated from: the problem, or the ids of a plain prompt for a base model without a chat template.
-
-    The plain prompt is the question, a line break and ``Answer:``, with the tokenizer's own special tokens (BOS).
-    """
-    if tokenizer.chat_template is not None:
-        return problem
-    return [int(i) for i in tokenizer.encode(f"{problem.question}\nAnswer:")]
+def _prefill(tokenizer: Any, problem: Problem) -> int:
+    """Tokens of the closed thinking that is added to a prompt: they count as generated (core.md §5.10), wherever they
+    stand."""
+    return len(encode_text(tokenizer, closed_thinking(encode_prompt(tokenizer, problem), tokenizer)))
 
 
 class ArmRun:
@@ -128,11 +126,10 @@ class ArmRun:
         oracles = ExactOracles().functions() if self.arm.trigger == "oracle" else None
         seed = self._seed(sample, batch, vote)
         tokenizer = self.model.tokenizer
-        # the closed thinking counts as generated (core.md §5.10), wherever it stands
-        prefill = len(tokenizer.encode(NO_THINKING, add_special_tokens=False)) if self.arm.nothinking else 0
+        prefills = [_prefill(tokenizer, p) if self.arm.nothinking else 0 for p in problems]
         generations = self.model.generate(
-            [prompt_of(tokenizer, p) for p in problems],
-            max_new_tokens=max(1, config.max_new_tokens - prefill),
+            problems,
+            max_new_tokens=max(1, config.max_new_tokens - max(prefills)),
             temperature=config.temperature,
             top_p=config.top_p,
             seed=seed,
@@ -142,7 +139,7 @@ class ArmRun:
         )
         separators = Separators.of(tokenizer)
         traces = []
-        for problem, g in zip(problems, generations, strict=True):
+        for problem, g, prefill in zip(problems, generations, prefills, strict=True):
             name = f"{problem.id}#{sample}" + (f".{vote}" if self.k > 1 else "")
             trace = g.to_trace(name, problem, arm=self.arm.name, sample=sample, vote=vote, seed=seed, scores=g.scores)
             offsets = separators.offsets(trace.response_ids)[1]

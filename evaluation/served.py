@@ -20,9 +20,11 @@ from neureasoner.data_builders.endpoint.requests import Answer, Message, Request
 from neureasoner.data_builders.endpoint.tally import Stopped
 from neureasoner.errors import UserError
 from neureasoner.inference.decode import Generation
+from neureasoner.inference.steered import encode_prompt
 from neureasoner.models import load_tokenizer
 from neureasoner.steps import Separators, StepSegmenter
-from neureasoner.traces import NO_THINKING, THINK_CLOSE, THINK_OPEN, Problem, Trace
+from neureasoner.thinking import CLOSED, thinking_state
+from neureasoner.traces import NO_THINKING, OPENED, THINK_CLOSE, Problem, Trace
 
 # vLLM and SGLang go on with a last message that they are told not to close; others refuse the keys.
 CONTINUE = {"add_generation_prompt": False, "continue_final_message": True}
@@ -62,19 +64,24 @@ class Served:
     ) -> list[Drawn]:
         """One response per problem, in order. Raises UserError when the server does not answer them all.
 
-        ``nothinking`` hands the closed thinking over as the beginning of the answer, which vLLM and SGLang go on with.
+        ``nothinking`` hands the closed thinking over as the beginning of the answer, which vLLM and SGLang go on with:
+        with ``<think>``, because the template's own is left out there. A template that closes the thinking itself is
+        left to do so.
         """
         params = {"temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens, "seed": seed}
-        requests = []
+        requests, states = [], []
         for i, prompt in enumerate(prompts):
             if not isinstance(prompt, Problem):
                 raise UserError("a server is asked by chat, so the model named with it needs a chat template")
-            closed = [Message("assistant", f"{THINK_OPEN}\n{NO_THINKING}")] if nothinking else []
+            states.append(thinking_state(encode_prompt(self.tokenizer, prompt), self.tokenizer))
+            handed = nothinking and states[-1] != CLOSED
+            closed = [Message("assistant", OPENED + NO_THINKING)] if handed else []
             messages = (Message("user", prompt.question), *closed)
-            told = params | (CONTINUE if nothinking else {})
+            told = params | (CONTINUE if handed else {})
             requests.append(Request(self.config.model, messages, params=told, take=i))
         answers = asyncio.run(self._ask(requests))
-        return [self._drawn(answer, nothinking) for answer in answers]
+        thinks = [state != CLOSED and not nothinking for state in states]
+        return [self._drawn(answer, own) for answer, own in zip(answers, thinks, strict=True)]
 
     async def _ask(self, requests: Sequence[Request]) -> list[Answer]:
         async with session(self.config) as s:
@@ -91,13 +98,13 @@ class Served:
             )
         return [pair[0] for pair in found if not isinstance(pair, BaseException)]
 
-    def _drawn(self, answer: Answer, nothinking: bool) -> Drawn:
-        finished = answer.finish_reason != "length"
+    def _drawn(self, answer: Answer, thinks: bool) -> Drawn:
+        finished, eos = answer.finish_reason != "length", self.tokenizer.eos_token_id
         ids = self.tokenizer.encode(answer.text, add_special_tokens=False)
-        ids += [self.tokenizer.eos_token_id] if finished else []
+        ids += [eos] if finished and eos is not None else []
         separators = Separators.of(self.tokenizer)
         # a server with a reasoning parser keeps the thinking to itself
-        segmenter = StepSegmenter(separators, in_thinking=not nothinking and THINK_CLOSE in answer.text)
+        segmenter = StepSegmenter(separators, in_thinking=thinks and THINK_CLOSE in answer.text)
         for token in ids:
             segmenter.push(token)
         text, offsets = separators.offsets(ids)

@@ -13,9 +13,8 @@ from neureasoner import __version__
 from neureasoner.artifacts import file_fingerprint, read_json, write_json
 from neureasoner.errors import UserError
 from neureasoner.inference.config import AssembleConfig
-from neureasoner.inference.plan import PLAN_FILE, Plan
+from neureasoner.inference.plan import PLAN_FILE, Plan, find_plan
 from neureasoner.model_files import model_files
-from neureasoner.run import shipped
 from neureasoner.stages import MARK, STARTED, StageFolder
 
 CARD = "neureasoner.json"
@@ -35,7 +34,7 @@ def assemble(config: AssembleConfig) -> dict[str, Any]:
     ``out`` and renamed into place, so a killed run leaves no half checkpoint.
     """
     out, source = Path(config.out), Path(config.probes)
-    plan_file = shipped(config.plan)  # the package's own, away from a checkout
+    plan_file = find_plan(config.plan)
     plan = Plan.load(plan_file)
     if not config.probes and plan.probe_paths:
         raise UserError(
@@ -119,21 +118,19 @@ def _build(
     config: AssembleConfig, plan: Plan, found: list[str], source: Path, others: dict[str, list[Path]], out: Path
 ) -> dict[str, Any]:
     import torch
-    from transformers import AutoConfig
 
     from neureasoner.directions import Direction
     from neureasoner.inference.steered import SteeredModel
-    from neureasoner.models import fingerprint, load, resolve, tokenizer_fingerprint
+    from neureasoner.models import fingerprint, known_as, load, stored_dtype, tokenizer_fingerprint
     from neureasoner.probes.detectors.gate import FailureGate
     from neureasoner.probes.detectors.probe import Probe
 
     accept: list[str] = []
     if config.base:
         base, _ = load(config.base, device="cpu")
-        accept.append(fingerprint(base))
+        accept += known_as(fingerprint(base))
         del base
-    stored = AutoConfig.from_pretrained(resolve(config.model), trust_remote_code=False).dtype
-    model, tokenizer = load(config.model, device="cpu", dtype=stored or torch.float32)
+    model, tokenizer = load(config.model, device="cpu", dtype=stored_dtype(config.model))
     probes = {f"probes/{name}": Probe.load(source / name) for name in found}
     plan = plan.fit_windows(probes)
     directions = {name: Direction.load(others[name][0].parent) for name in plan.direction_paths}

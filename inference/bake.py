@@ -217,11 +217,9 @@ def _edited(weight: torch.Tensor, bias: torch.Tensor, write: Write) -> tuple[tor
 
 def bake(config: BakeConfig) -> dict[str, Any]:
     """Stage ``inference bake``. Writes a plain Transformers folder whose logits are those of the hooked model."""
-    from transformers import AutoConfig
-
     from neureasoner.inference.steered import SteeredModel
     from neureasoner.model_files import model_files
-    from neureasoner.models import fingerprint, resolve
+    from neureasoner.models import fingerprint, resolve, stored_dtype
 
     source = Path(resolve(config.model))
     path = Path(config.plan) if config.plan else source / PLAN_FILE
@@ -233,8 +231,7 @@ def bake(config: BakeConfig) -> dict[str, Any]:
     folder = StageFolder(config.out, "inference bake", config, inputs=inputs)
     if folder.done:
         return folder.summary
-    stored = AutoConfig.from_pretrained(source, trust_remote_code=False).dtype
-    steered = SteeredModel.from_pretrained(config.model, plan, device="cpu", dtype=stored or torch.float32)
+    steered = SteeredModel.from_pretrained(config.model, plan, device="cpu", dtype=stored_dtype(config.model))
     options: dict[str, Any] = {"as_llama": config.as_llama, "accept": steered.accept}
     baked = bake_into(steered.model, steered.tokenizer, plan, steered.directions, **options)
     baked.save_pretrained(folder.path)

@@ -11,54 +11,57 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from neureasoner.errors import UserError
 from neureasoner.inference.calibrate_config import CalibrateConfig
-from neureasoner.inference.decode import generation_config
 from neureasoner.inference.plan import PLAN_FILE, Plan
-from neureasoner.inference.steered import SteeredModel, encode_prompt
+from neureasoner.inference.steered import SteeredModel
 from neureasoner.model_files import model_files, resolve
-from neureasoner.sampling import left_padded
+from neureasoner.prompts import encode_prompt
+from neureasoner.sampler import sample
+from neureasoner.sampling import Sampling, eos_ids, pad_id
 from neureasoner.stages import StageFolder
 from neureasoner.traces import read_problems
 
 
-class Keep(LogitsProcessor):
+class Keep:
     """Keeps every step's log-probabilities ``[B, V]`` and lets the scores be."""
 
     def __init__(self) -> None:
         self.steps: list[torch.Tensor] = []
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """One step."""
-        self.steps.append(scores.float().log_softmax(-1))
+        self.steps.append(scores.log_softmax(-1))
         return scores
 
 
-class Replay(LogitsProcessor):
+class Replay:
     """Adds up KL(plain || these scores) of every step, and makes the plain run's next token certain.
 
-    ``total [B]`` float64: nats over each row's own response tokens.
+    ``rows``: the plain run's tokens, row by row. ``total [B]`` float64: nats over each row's own tokens.
     """
 
-    def __init__(self, plain: Sequence[torch.Tensor], tokens: torch.Tensor, lengths: torch.Tensor):
-        self.plain, self.tokens, self.lengths = plain, tokens, lengths
-        self.t = 0
-        self.total = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+    def __init__(self, plain: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]):
+        self.plain, self.t, device = plain, 0, plain[0].device
+        self.lengths = torch.tensor([len(row) for row in rows], device=device)
+        width = max(map(len, rows))
+        self.tokens = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=device)
+        self.total = torch.zeros(len(rows), dtype=torch.float64, device=device)
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """One step."""
         p, q = self.plain[self.t].double(), scores.double().log_softmax(-1)
         self.total += (p.exp() * (p - q)).sum(-1) * (self.t < self.lengths)
         forced = torch.full_like(scores, float("-inf")).scatter(1, self.tokens[:, self.t : self.t + 1], 0.0)
         self.t += 1
-        return forced  # type: ignore[return-value]
+        return forced
 
 
 def divergences(
@@ -66,30 +69,20 @@ def divergences(
 ) -> torch.Tensor:
     """(KL summed over the responses' tokens by plan ``[P]``, then their number), float64, for one batch of prompts."""
     model, tokenizer = steered.model, steered.tokenizer
-    config = generation_config(model, tokenizer, cap, 0.0, 1.0)
-    ids, mask = left_padded(prompts, int(config.pad_token_id), model.device)
-
-    def run(processors: list[Any]) -> torch.Tensor:
-        found = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=LogitsProcessorList(processors),
-        )
-        return found[:, ids.shape[1] :]  # type: ignore[no-any-return]
-
+    ends = eos_ids(model, tokenizer)
+    greedy = partial(
+        sample, model, prompts, Sampling(cap, temperature=0.0, top_p=1.0), ends=ends, pad=pad_id(tokenizer, ends)
+    )
     keep = Keep()
-    tokens = run([keep])
-    ended = torch.isin(tokens, torch.tensor(config.eos_token_id, device=tokens.device)).long().cumsum(1)
-    lengths = (ended == 0).sum(1) + (ended.max(1).values > 0)  # the end token counts, what stands behind it does not
+    rows = [row.ids for row in greedy(processors=[keep]).rows]
     sums = []
     for plan in plans:
-        replay = Replay(keep.steps, tokens, lengths)
+        replay = Replay(keep.steps, rows)
         controller = steered.with_plan(plan).controller() if plan.rules else None
-        with controller.watch(prompts, eos_ids=config.eos_token_id) if controller else nullcontext() as watch:
-            run([*([watch] if watch is not None else []), replay])
+        with controller.watch(prompts, eos_ids=ends) if controller else nullcontext() as watch:
+            greedy(watch=watch, processors=[replay])
         sums.append(replay.total.sum())
-    return torch.stack([*sums, lengths.sum().double()])
+    return torch.stack([*sums, sums[0].new_tensor(float(sum(map(len, rows))))])
 
 
 def calibrate(config: CalibrateConfig) -> dict[str, Any]:

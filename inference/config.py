@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from typing import Any
 
 from neureasoner.errors import UserError
 
@@ -17,7 +19,9 @@ class AssembleConfig:
         metadata={"help": "folder that `probes fit` wrote (intra/, inter/, instance/, paper/), if the plan names any"},
     )
     out: str = field(default="", metadata={"help": "folder of the steered checkpoint (required)"})
-    plan: str = field(default="configs/plans/neureasoner.yaml", metadata={"help": "plan file"})
+    plan: str = field(
+        default="configs/plans/neureasoner.yaml", metadata={"help": "plan file, or a shipped plan by name"}
+    )
     base: str = field(
         default="", metadata={"help": "model this one was trained from; what was fitted on it is accepted too"}
     )
@@ -45,7 +49,7 @@ class GenerateConfig:
     )
     problems: str = field(default="", metadata={"help": "problem file (jsonl) to answer instead of prompts"})
     limit: int = field(default=0, metadata={"help": "use only the first so many problems; 0 means all"})
-    plan: str = field(default="", metadata={"help": "plan file to use instead of the checkpoint's own"})
+    plan: str = field(default="", metadata={"help": "plan (file, or shipped name) to use instead of its own"})
     rules: list[str] = field(
         default_factory=list, metadata={"help": "keep only these rules of the plan; 'none' watches nothing"}
     )
@@ -53,11 +57,24 @@ class GenerateConfig:
     max_new_tokens: int = field(default=512, metadata={"help": "cap on tokens, forced ones included"})
     temperature: float = field(default=0.6, metadata={"help": "sampling temperature; 0 is greedy"})
     top_p: float = field(default=0.95, metadata={"help": "nucleus of the sampling"})
+    top_k: int = field(default=0, metadata={"help": "draw from the so many likeliest tokens only; 0 means all"})
+    min_p: float = field(
+        default=0.0,
+        metadata={"help": "draw from tokens of at least this share of the likeliest one's probability"},
+    )
+    system: str = field(default="", metadata={"help": "system message before every question"})
+    chat_template_kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "settings of the chat template, such as enable_thinking=false"}
+    )
     seed: int = field(default=0, metadata={"help": "sampling seed"})
     batch_size: int = field(default=32, metadata={"help": "responses decoded together"})
     stream: bool = field(default=True, metadata={"help": "show a single response while it is written"})
     nothinking: bool = field(default=False, metadata={"help": "prefill the closed thinking block (NoThinking)"})
     device: str = field(default="", metadata={"help": "torch device; empty = GPU if there is one"})
+    dtype: str = field(default="", metadata={"help": "float32, bfloat16 or float16; empty = as fits the device"})
+    device_map: str = field(
+        default="", metadata={"help": "instead of device: auto, balanced or sequential over all GPUs"}
+    )
     out: str = field(default="", metadata={"help": "folder to write traces.jsonl into; empty = only show"})
 
     def __post_init__(self) -> None:
@@ -68,3 +85,12 @@ class GenerateConfig:
                 raise UserError(f"key '{key}' must be at least 1, got {getattr(self, key)}")
         if self.limit < 0:
             raise UserError(f"key 'limit' must not be negative, got {self.limit}")
+        self.chat_template_kwargs = {k: _value(v) for k, v in self.chat_template_kwargs.items()}
+
+
+def _value(text: Any) -> Any:
+    """What a template's setting means that was written as text: ``false``, ``3``, ``["a"]``, or the text itself."""
+    try:
+        return json.loads(text) if isinstance(text, str) else text
+    except json.JSONDecodeError:
+        return {"True": True, "False": False}.get(text, text)

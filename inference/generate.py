@@ -12,10 +12,12 @@ from rich.text import Text
 from neureasoner.inference.assemble import CARD
 from neureasoner.inference.config import GenerateConfig
 from neureasoner.inference.decode import Generation
-from neureasoner.inference.plan import Plan
+from neureasoner.inference.plan import Plan, find_plan
 from neureasoner.inference.steered import SteeredModel
+from neureasoner.prompts import encode_prompt
 from neureasoner.stages import StageFolder
 from neureasoner.steps import Separators
+from neureasoner.thinking import opens_thinking
 from neureasoner.traces import Problem, read_problems, write_rows
 
 FORCED, SHOWN = "bold white on magenta", 20
@@ -67,19 +69,29 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     folder = None
     if config.out:
         card = Path(config.model) / CARD
-        inputs: list[str | Path] = [p for p in (config.problems, config.plan) if p]
+        inputs: list[str | Path] = [config.problems] if config.problems else []
+        inputs += [find_plan(config.plan)] if config.plan else []
         inputs += ([card] if card.is_file() else []) + (Plan.load(config.plan).files if config.plan else [])
         folder = StageFolder(config.out, "generate", config, inputs=inputs)
         if folder.done:
             console.print(f"{config.out} is done already; nothing to do", soft_wrap=True)
             return folder.summary
-    steered = SteeredModel.from_pretrained(config.model, config.plan or None, device=config.device or None)
+    steered = SteeredModel.from_pretrained(
+        config.model,
+        config.plan or None,
+        device=config.device or None,
+        dtype=config.dtype or None,
+        device_map=config.device_map or None,
+    )
     if config.rules:
         steered = steered.with_plan(
             Plan("none", folder=steered.plan.folder) if config.rules == ["none"] else steered.plan.select(config.rules)
         )
     idle = [r.name for r in steered.plan.rules if r.evaluated or r.source == "boundary" or r.trigger.phase == "think"]
-    if config.nothinking and idle:
+    first = encode_prompt(
+        steered.tokenizer, problems[0], config.nothinking, config.system or None, config.chat_template_kwargs
+    )
+    if idle and not opens_thinking(first, steered.tokenizer):
         console.print(f"[dim]the thinking is closed in the prompt, so these rules see nothing: {', '.join(idle)}[/dim]")
     jobs = [(p, s) for p in problems for s in range(config.samples)]
     streamed = config.stream and len(jobs) == 1
@@ -91,6 +103,10 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
+            system=config.system or None,
+            chat_template_kwargs=config.chat_template_kwargs,
             seed=config.seed,
             batch_size=config.batch_size,
             nothinking=config.nothinking,

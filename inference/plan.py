@@ -21,8 +21,8 @@ from neureasoner.artifacts import write_text
 from neureasoner.errors import UserError
 from neureasoner.inference.plan_yaml import Dumper, check_keys, rule_from_dict, rule_to_dict
 from neureasoner.inference.rules import SOURCES, TRIGGER_TOKEN, Action, Rule, Strength, Trigger, wild_kind
+from neureasoner.run import HOMES, shipped
 from neureasoner.sites import Site
-from neureasoner.traces import THINK_CLOSE
 
 __all__ = ["PLAN_FILE", "SOURCES", "TRIGGER_TOKEN", "Action", "Plan", "Rule", "Strength", "Trigger"]
 
@@ -127,6 +127,10 @@ class Plan:
         """Token ids each rule forces, by rule name. Raises UserError for text the tokenizer lacks."""
         return {r.name: r.action.ids(tokenizer) for r in self.rules if r.forces}
 
+    def opened_ids(self, tokenizer: Any) -> dict[str, list[int]]:
+        """The same of texts that close a thinking, for where nothing has opened it."""
+        return {r.name: replace(r.action, force=r.opened).ids(tokenizer) for r in self.rules if r.opened}
+
     def check_conflicts(self, written: Mapping[str, Iterable[str | Site]]) -> None:
         """Raises UserError if two rules write one site without the policy ``order``, or one rule does so twice.
 
@@ -199,14 +203,13 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan file (or the ``plan.yaml`` of a folder)."""
-        path = Path(path)
-        if path.is_dir():
-            path = path / PLAN_FILE
+        """Read a plan file, the ``plan.yaml`` of a folder, or a shipped plan by its name."""
+        path = find_plan(path)
         try:
             value = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(f"{path}: no such plan file") from None
+            known = sorted(p.stem for home in HOMES for p in (home / "configs" / "plans").glob("*.yaml"))
+            raise UserError(f"{path}: no such plan file, nor is it one of {', '.join(dict.fromkeys(known))}") from None
         except yaml.YAMLError as e:
             mark = getattr(e, "problem_mark", None)
             at = f", line {mark.line + 1}" if mark else ""
@@ -216,6 +219,15 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Write the plan as YAML, atomically."""
         write_text(path, yaml.dump(self.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True))
+
+
+def find_plan(name: str | Path) -> Path:
+    """The file that ``name`` means: a path, a folder with a plan in it, or a shipped plan."""
+    path = Path(shipped(str(name)))
+    if path.is_dir():
+        return path / PLAN_FILE
+    by_name = Path(shipped(f"configs/plans/{name}.yaml"))
+    return by_name if not path.exists() and path.name == str(name) and by_name.is_file() else path
 
 
 def _share(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> bool:
@@ -236,7 +248,7 @@ def _first(rule: Rule) -> int | None:
 def _closed_by(rule: Rule) -> tuple[float, float]:
     """After how many steps, and response tokens, a rule left alone has closed the thinking; infinite: it may not."""
     t, steps, tokens = rule.trigger, math.inf, math.inf
-    if THINK_CLOSE in (rule.action.force or ""):
+    if rule.closes:
         first = _first(rule)
         steps = math.inf if first is None else first
         always = rule.source == "always" and t.immediate and t.max_tokens is None
@@ -293,10 +305,6 @@ def _dead(rule: Rule, rules: tuple[Rule, ...]) -> str:
             return f"rule {other.name} always comes first, and start is evaluated once"
         if earlier and _shadows(other, rule):
             return f"rule {other.name} forces its text wherever this one is evaluated, and comes first"
-        if (
-            first == 0
-            and THINK_CLOSE in (other.action.force or "")
-            and (rule.evaluated or rule.source == "boundary" or t.phase == "think")
-        ):
+        if first == 0 and other.closes and (rule.evaluated or rule.source == "boundary" or t.phase == "think"):
             return f"rule {other.name} closes the thinking before the first token"
     return ""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter, deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,17 +16,7 @@ import numpy as np
 
 from neureasoner.inference.rules import Rule
 from neureasoner.probes.features import MIN_TOKENS
-from neureasoner.steps import Separators
-from neureasoner.traces import THINK_OPEN
-
-
-def opens_thinking(prompt_ids: Sequence[int], tokenizer: Any) -> bool:
-    """Whether a response to this prompt begins inside the thinking: yes, unless the prompt closed it (NoThinking)."""
-    close = Separators.of(tokenizer).think_close
-    if close is None or close not in prompt_ids:
-        return True
-    last = max(i for i, token in enumerate(prompt_ids) if token == close)
-    return tokenizer.convert_tokens_to_ids(THINK_OPEN) in list(prompt_ids)[last:]
+from neureasoner.thinking import OPEN
 
 
 @dataclass
@@ -36,6 +25,7 @@ class RowState:
 
     index    place of the prompt in the caller's list
     problem  the Problem, when the caller gave one
+    begins   how its prompt leaves the thinking (``neureasoner.thinking``)
     tokens   response ids so far; ``forced[t]`` says that token t was forced
     bounds   [0, end of step 0, ..., end of the last closed step], in response tokens
     asked    (score, threshold) of each rule's gate
@@ -48,6 +38,7 @@ class RowState:
     tokenizer: Any = None
     problem: Any = None
     seed: int = 0
+    begins: str = OPEN
     tokens: list[int] = field(default_factory=list)
     forced: list[bool] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -148,13 +139,18 @@ class RowState:
     def coin(self, rule: Rule) -> float:
         """A uniform number for a random trigger; depends on seed, row and rule alone, not on the batch."""
         if rule.name not in self._coins:
-            key = [self.seed, self.index, zlib.crc32(rule.name.encode())]
+            key = [self._entropy, self.index, zlib.crc32(rule.name.encode())]
             self._coins[rule.name] = np.random.default_rng(key)
         return float(self._coins[rule.name].random())
 
+    @property
+    def _entropy(self) -> int:
+        """The seed as NumPy takes it: negative ones in two's complement."""
+        return self.seed % 2**64
+
     def drawn(self, rule: Rule, low: float, high: float) -> float:
         """A number between two for this response and rule; depends on seed, row and rule alone, and on no coin."""
-        key = [self.seed, self.index, zlib.crc32(f"{rule.name} strength".encode())]
+        key = [self._entropy, self.index, zlib.crc32(f"{rule.name} strength".encode())]
         return float(np.random.default_rng(key).uniform(low, high))
 
     def statistic(self, rule: Rule, sequential: Any, score: float) -> float:

@@ -16,6 +16,7 @@ import numpy as np
 
 from neureasoner.errors import UserError
 from neureasoner.sites import BARE, LAYERED, Site
+from neureasoner.traces import OPENED, THINK_CLOSE, THINK_OPEN
 
 EVENTS = ("probe", "random", "oracle")  # evaluated again and again while the response is written
 PLACES = ("always", "decode", "boundary", "tokens")  # where a tensor rule acts without being asked
@@ -292,6 +293,17 @@ class Rule:
     def forces(self) -> bool:
         """Whether it forces a text."""
         return self.action.kind == "force"
+
+    @cached_property
+    def closes(self) -> bool:
+        """Whether its text ends the thinking."""
+        return THINK_CLOSE in (self.action.force or "")
+
+    @cached_property
+    def opened(self) -> str | None:
+        """Its text behind an opening ``<think>``, if it closes a thinking that it does not open itself."""
+        text = self.action.force or ""
+        return OPENED + text if self.closes and THINK_OPEN not in text.partition(THINK_CLOSE)[0] else None
 
     @cached_property
     def edits(self) -> bool:

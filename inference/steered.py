@@ -13,8 +13,9 @@ Usage::
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from neureasoner.artifacts import read_json
 from neureasoner.directions import Direction
@@ -23,28 +24,25 @@ from neureasoner.inference.assemble import CARD, assemble
 from neureasoner.inference.controller import Controller, Oracle
 from neureasoner.inference.decode import Generation, OnText, generate_batch
 from neureasoner.inference.plan import PLAN_FILE, Plan
-from neureasoner.traces import NO_THINKING, Problem
+from neureasoner.prompts import Prompt, as_prompts, encode_prompt
+from neureasoner.sampling import Sampling, eos_ids
+from neureasoner.traces import Problem
 
-__all__ = ["NO_THINKING", "Generation", "SteeredModel", "assemble", "encode_prompt", "generate_batch"]
+__all__ = ["Generation", "Prompt", "SteeredModel", "assemble", "encode_prompt", "generate_batch"]
 
-Prompt = Problem | str | Sequence[Mapping[str, str]] | Sequence[int]
-
-
-def encode_prompt(tokenizer: Any, prompt: Prompt, nothinking: bool = False) -> list[int]:
-    """Token ids of a prompt: a Problem, a question, chat messages, or ids (taken as they are).
-
-    ``nothinking`` adds the closed thinking block (core.md §5.9).
-    """
-    suffix = NO_THINKING if nothinking else ""
-    if isinstance(prompt, Problem):
-        prompt = prompt.question
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if prompt and isinstance(prompt[0], int):
-        ids = [int(i) for i in cast(Sequence[int], prompt)]
-        return ids + (tokenizer.encode(suffix, add_special_tokens=False) if suffix else [])
-    text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-    return [int(i) for i in tokenizer.encode(text + suffix, add_special_tokens=False)]
+# Arguments of Transformers' ``generate`` that people try first, and what to say instead.
+INSTEAD = {
+    "do_sample": "temperature=0 is greedy, anything above samples",
+    "num_beams": "beam search cannot be watched",
+    "input_ids": "give them as the prompts",
+    "inputs": "give them as the prompts",
+    "attention_mask": "give the tokenizer's whole output as the prompts",
+    "max_length": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "streamer": "on_text",
+    "n": "num_return_sequences",
+    "generation_config": "its fields one by one",
+}
 
 
 def load_probes(plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -156,13 +154,18 @@ class SteeredModel:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, plan: Plan | str | Path | None = None, device: Any = None, dtype: Any = None
+        cls,
+        folder: str | Path,
+        plan: Plan | str | Path | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        device_map: Any = None,
     ) -> SteeredModel:
-        """Load a steered checkpoint; ``plan`` (a Plan or a file) replaces its own.
+        """Load a steered checkpoint; ``plan`` (a Plan or a file) replaces its own, the others as in ``models.load``.
 
         Raises UserError naming a missing file, a missing trigger token, or a probe of another model.
         """
-        from neureasoner.models import load, load_tokenizer, resolve
+        from neureasoner.models import known_as, load, load_tokenizer, resolve
 
         folder = Path(resolve(str(folder)))
         if plan is None:
@@ -176,8 +179,8 @@ class SteeredModel:
         check_reachable(plan, probes)
         card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
         check_tokenizer(folder, card, load_tokenizer(str(folder)))
-        model, tokenizer = load(str(folder), device=device, dtype=dtype)
-        accept = [card["base_fingerprint"]] if card.get("base_fingerprint") else []
+        model, tokenizer = load(str(folder), device=device, dtype=dtype, device_map=device_map)
+        accept = known_as(card["base_fingerprint"]) if card.get("base_fingerprint") else ()
         steered = cls(model, tokenizer, plan, probes, accept, directions, gates)
         steered.card = card
         return steered
@@ -223,31 +226,51 @@ class SteeredModel:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Any,
         *,
         max_new_tokens: int = 512,
         temperature: float = 0.6,
         top_p: float = 0.95,
+        top_k: int = 0,
+        min_p: float = 0.0,
         seed: int = 0,
+        num_return_sequences: int = 1,
         batch_size: int = 32,
         nothinking: bool = False,
+        system: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         oracles: Mapping[str, Oracle] | None = None,
         record: Sequence[str] = (),
         on_text: OnText | None = None,
         progress: Callable[[int, int], None] | None = None,
         strengths: Mapping[str, Sequence[float]] | None = None,
+        **unknown: Any,
     ) -> list[Generation]:
-        """One response per prompt, in order. A prompt is a Problem, a question, chat messages, or token ids.
+        """Responses in the order of the prompts, ``num_return_sequences`` of each (neighbours in the list).
 
-        Batches are cut in the order given; batch ``b`` samples with seed ``seed + 1_000_003 * b``, so the result
-        depends on the seed and the batches alone. A plan without rules runs without hooks. ``oracles`` get the row's
-        state, whose ``index`` is the prompt's place here. ``on_text(text, forced)`` streams and takes one row at a
-        time; ``progress(done, total)`` is called after every batch. ``max_new_tokens`` counts forced tokens.
-        ``strengths`` gives a factor for each prompt to the rules of strength ``per_row``. Raises UserError for what
-        cannot run, before the first token: a rule that waits for more than there can be tokens is such a thing.
+        prompts   one or a list of: a Problem, a question, chat messages, token ids; a tensor, an array, or what a
+                  tokenizer returns, too (``neureasoner.prompts.as_prompts``)
+        sampling  ``max_new_tokens`` (forced ones counted), ``temperature`` (0 is greedy), ``top_p``, ``top_k``,
+                  ``min_p``; nothing of the model folder's generation settings but its end tokens
+        seed      batch ``b`` draws with ``seed + 1_000_003 * b``; batches are cut in the order given, so the result
+                  depends on the seed and the batches alone
+        nothinking, system, chat_template_kwargs  see ``neureasoner.prompts.encode_prompt``
+        oracles   get the row's state, whose ``index`` is the response's place here
+        on_text   ``on_text(text, forced)`` streams, and takes one row at a time
+        progress  ``progress(done, total)`` after every batch
+        strengths a factor for each prompt, by the names of the rules of strength ``per_row``
+
+        A plan without rules runs without hooks. Threads and callbacks may ask the same model meanwhile. Raises
+        UserError for what cannot run, before the first token: a rule that waits for more than there can be tokens is
+        such a thing, an argument that is not known another.
         """
-        if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        for name in unknown:
+            hint = f"; use {INSTEAD[name]}" if name in INSTEAD else ""
+            raise UserError(f"generate takes no '{name}'{hint}")
+        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, min_p)
+        for key, value in (("batch_size", batch_size), ("num_return_sequences", num_return_sequences)):
+            if value < 1:
+                raise UserError(f"{key} must be at least 1, got {value}")
         for rule in self.plan.rules:
             t = rule.trigger
             if rule.evaluated and max(t.min_steps, t.at_step or 0, t.min_tokens, t.every or 0) >= max_new_tokens:
@@ -255,30 +278,33 @@ class SteeredModel:
                     f"plan {self.plan.name}, rule {rule.name} can never fire: it waits for more steps or tokens than "
                     f"max_new_tokens ({max_new_tokens}) leaves room for"
                 )
+        pad, n = self.tokenizer.pad_token_id, num_return_sequences
+        given = as_prompts(prompts, None if pad in eos_ids(self.model, self.tokenizer) else pad)
+        strengths = {name: [x for x in values for _ in range(n)] for name, values in (strengths or {}).items()}
         size = 1 if on_text is not None else batch_size
         watched = bool(self.plan.rules) or bool(record)
         controller = self.controller(oracles, record) if watched else None
         if controller is not None:
-            controller.steering.check_strengths(strengths, len(prompts))
-        encoded = [encode_prompt(self.tokenizer, p, nothinking) for p in prompts]
+            controller.steering.check_strengths(strengths, n * len(given))
+        encoded = [encode_prompt(self.tokenizer, p, nothinking, system, chat_template_kwargs) for p in given]
+        jobs = [i for i in range(len(given)) for _ in range(n)]
         done: list[Generation] = []
-        for b, start in enumerate(range(0, len(prompts), size)):
-            part = range(start, min(start + size, len(prompts)))
+        for b, start in enumerate(range(0, len(jobs), size)):
+            places = range(start, min(start + size, len(jobs)))
+            part = [jobs[k] for k in places]
             done += generate_batch(
                 self.model,
                 self.tokenizer,
                 [encoded[i] for i in part],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
+                **asdict(sampling),
                 seed=seed + 1_000_003 * b,
                 controller=controller,
                 controller_seed=seed,
-                indices=list(part),
-                problems=[prompts[i] if isinstance(prompts[i], Problem) else None for i in part],
+                indices=list(places),
+                problems=[p if isinstance(p := given[i], Problem) else None for i in part],
                 on_text=on_text,
-                strengths={name: [values[i] for i in part] for name, values in (strengths or {}).items()},
+                strengths={name: [values[k] for k in places] for name, values in strengths.items()},
             )
             if progress is not None:
-                progress(len(done), len(prompts))
+                progress(len(done), len(jobs))
         return done

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -24,58 +23,13 @@ from neureasoner.directions import Direction
 from neureasoner.errors import UserError
 from neureasoner.inference.plan import Plan
 from neureasoner.inference.rows import RowState
-from neureasoner.inference.rules import DIRECTED, EVENTS, Rule
-from neureasoner.inference.writes import Write, writes_of, written_places
-from neureasoner.sites import Layout, edit_site
-from neureasoner.steps import BLANK, CLOSED, Separators
+from neureasoner.inference.rules import EVENTS, Rule
+from neureasoner.inference.writes import Dose, Write, apply_write, writes_of, written_places
+from neureasoner.models import input_device
+from neureasoner.sites import Layout, edit_site, own
+from neureasoner.steps import BLANK, CLOSED, WHOLE, Separators
 
 IDS = "ids"
-
-
-@dataclass
-class Dose:
-    """What one rule gives in one forward: ``amount [B]`` float32, ``on [B]`` bool. ``kept``: deltas made of it."""
-
-    amount: torch.Tensor
-    on: torch.Tensor
-    kept: dict[int, torch.Tensor] = field(default_factory=dict)
-
-
-def apply_write(write: Write, value: torch.Tensor, dose: Dose, seen: torch.Tensor | None = None) -> torch.Tensor:
-    """``value [B, T, C]`` edited at every one of its positions; rows that are off come back bit by bit.
-
-    ``seen [B, T, H * hd]``: the input of ``o_proj``, for a write that reads heads.
-    """
-    kind, strength = write.rule.action.kind, write.rule.strength
-    if kind == "add" and not strength.relative:
-        delta = dose.kept.get(id(write))
-        if delta is None or delta.dtype != value.dtype:
-            delta = dose.amount.to(write.vector.device)[:, None] * write.vector.flatten()
-            # x + -0.0 is x for every x, which +0.0 is not
-            delta = torch.where(dose.on.to(delta.device)[:, None], delta, -0.0).to(value.dtype)[:, None]
-            dose.kept[id(write)] = delta
-        if write.index is None:
-            return value + delta
-        return value.index_add(-1, write.index, delta.expand(-1, value.shape[1], -1))
-    amount = dose.amount.to(value.device)[:, None, None, None]
-    on = dose.on.to(value.device)[:, None, None, None]
-    old = value if write.index is None else value.index_select(-1, write.index)
-    x = old.to(torch.promote_types(old.dtype, torch.float32))
-    x = x.unflatten(-1, tuple(write.vector.shape) if kind in DIRECTED else (1, -1))
-    if write.columns is not None and write.reader is not None and seen is not None:
-        component = (seen[..., write.columns].to(x.dtype) @ write.reader.to(x.dtype))[..., None, None]
-        new = x - amount * component * write.vector
-    elif kind == "scale":
-        new = x - amount * (x * write.vector).sum(-1, keepdim=True) * write.vector
-    elif kind == "set":
-        new = torch.lerp(x, write.vector.to(x.dtype), amount.to(x.dtype))
-    else:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        new = x + amount * (length if strength.relative else 1.0) * write.vector
-        if kind == "add_keep_norm":
-            new = new * (length / torch.linalg.vector_norm(new, dim=-1, keepdim=True).clamp_min(1e-12))
-    done = torch.where(on, new, x).flatten(-2).to(value.dtype)
-    return done if write.index is None else value.index_copy(-1, write.index, done)
 
 
 class Steering:
@@ -120,9 +74,9 @@ class Steering:
     def _compile(self, rule: Rule, direction: Direction | None, tokenizer: Any) -> None:
         if rule.source == "boundary" and CLOSED not in self.separators.table[1]:
             raise UserError("it can never fire: no token of this tokenizer closes a step after text")
-        if rule.trigger.phase == "answer" and self.separators.think_close is None:
+        if rule.trigger.phase == "answer" and not self.separators.spells_close:
             raise UserError(
-                "it can never fire: this tokenizer has no </think>, so an answer is never told from thinking"
+                "it can never fire: this tokenizer cannot spell </think>, so an answer is never told from thinking"
             )
         if rule.source == "tokens":
             self.listed[rule.name] = rule.trigger.places(tokenizer)
@@ -134,7 +88,7 @@ class Steering:
                 if token >= len(bias):
                     raise UserError(f"token {token} is not in this model's vocabulary; it is another tokenizer's")
                 bias[token] = value
-            self.biases[rule.name] = bias.to(self.model.device)
+            self.biases[rule.name] = bias.to(input_device(self.model))
 
     @property
     def vocabulary(self) -> int:
@@ -208,14 +162,14 @@ class SteeringRun:
         self._doses: dict[str, Dose] = {}
         self._seen: dict[str, torch.Tensor] = {}
         self._live: torch.Tensor | None = None  # rows the model still reads; None: all
-        self._device = steering.model.device
+        self._device = input_device(steering.model)
         self._chosen = [r for r, rule in enumerate(self.rules) if rule.edits and _choosy(rule)]
         if self._chosen:
             self._ids = {k: torch.tensor(ids, device=self._device) for k, ids in steering.listed.items()}
-            self._table = _next_states(steering.separators, steering.vocabulary).to(self._device)
-            ends = [i for i in (steering.separators.think_close, steering.separators.eos) if i is not None]
-            self._ends = torch.tensor(ends, device=self._device)
+            self._table, self._tags = (t.to(self._device) for t in _tables(steering.separators, steering.vocabulary))
+            self._ends = torch.tensor(sorted(rows[0].segmenter.ends), dtype=torch.long, device=self._device)
             self._state = torch.full((size,), BLANK, device=self._device)
+            self._tag = torch.zeros((size,), dtype=torch.long, device=self._device)
             self._thinking = torch.tensor([row.thinking for row in rows], device=self._device)
         self.plan(0, edits=True)
 
@@ -267,7 +221,7 @@ class SteeringRun:
                 self._measure(r)
         self._serve()
         if self._chosen:
-            self._state, self._thinking = self._state[kept], self._thinking[kept]
+            self._state, self._tag, self._thinking = self._state[kept], self._tag[kept], self._thinking[kept]
 
     def tick(self, edits: bool, alive: np.ndarray, closed: np.ndarray) -> None:
         """After a forward (without ``edits``: a choice): count and log what acted. ``alive``, ``closed`` ``[B]``."""
@@ -303,8 +257,9 @@ class SteeringRun:
         self.calls[IDS] += 1
         token, closing = ids[:, -1], torch.zeros_like(self._thinking)
         if not self.prefill:
-            after = torch.where(self._thinking, self._table[self._state, token], self._state)
-            self._thinking = self._thinking & ~torch.isin(token, self._ends)
+            after, self._tag = self._table[self._state, token].long(), self._tags[self._tag, token].long()
+            self._thinking = self._thinking & ~torch.isin(token, self._ends) & (self._tag < WHOLE)
+            self._tag = self._tag % WHOLE
             closing = self._thinking & (after == CLOSED)
             self._state = torch.where(after == CLOSED, BLANK, after)
         for r in self._chosen:
@@ -330,6 +285,11 @@ class SteeringRun:
     def edit(self, place: str, value: torch.Tensor) -> torch.Tensor:
         """The hook: every rule that writes here, in the plan's order. value ``[B, T, C]``."""
         self.calls[place] += 1
+        if not self.prefill and value.shape[1] > 1:
+            raise RuntimeError(
+                f"site {place}: {value.shape[1]} tokens are read again for a new one, so a rule would act on some "
+                "of them twice; a steered model needs use_cache=True"
+            )
         for write in self.steering.writes.get(place, ()):
             dose = self._doses.get(write.rule.name)
             if dose is None:
@@ -353,14 +313,19 @@ class SteeringRun:
                 stack.enter_context(edit_site(model, place, partial(self.edit, place)))
             if self._chosen:
                 embeddings = model.get_input_embeddings()
-                stack.callback(embeddings.register_forward_pre_hook(lambda _, args: self.read_ids(args[0])).remove)
+                stack.callback(embeddings.register_forward_pre_hook(own(lambda _, args: self.read_ids(args[0]))).remove)
             yield
 
     def verify(self, token: int) -> None:
         """Promise 4, for writing: every hook fired once in the forward just done. Raises RuntimeError."""
         for place in [*self.steering.places, *([IDS] if self._chosen else [])]:
-            n = self.calls[place]
-            if n != 1 and (token or n == 0):  # a long prompt may be read in pieces
+            n, writes = self.calls[place], self.steering.writes.get(place, ())
+            if n > 1 and not token and any(w.rule.source != "always" for w in writes):
+                raise RuntimeError(
+                    f"site {place}: the prompt was read in {n} pieces, and a rule would act at the end of each; "
+                    "a steered model needs prefill_chunk_size=None"
+                )
+            if n != 1 and (token or n == 0):  # under other rules a long prompt may be read in pieces
                 raise RuntimeError(
                     f"site {place}: its writing hook fired {n} times for response token {token - 1} instead of once "
                     "(was a hook removed, or the model compiled?)"
@@ -385,9 +350,12 @@ def _choosy(rule: Rule) -> bool:
     return rule.source in ("boundary", "tokens") or rule.trigger.phase is not None
 
 
-def _next_states(separators: Separators, size: int) -> torch.Tensor:
-    """The segmenter's table as a tensor ``[3, V]``; ids without text leave the state as it is."""
-    table = torch.arange(3)[:, None].repeat(1, max(size, separators.size))
-    for state, row in enumerate(separators.table):
-        table[state, : separators.size] = torch.from_numpy(np.frombuffer(row, dtype=np.uint8).astype(np.int64))
-    return table
+def _tables(separators: Separators, size: int) -> list[torch.Tensor]:
+    """The segmenter's automaton as tensors: steps ``[3, V]`` and the tag ``[8, V]``; ids without text leave both."""
+    tables = []
+    for rows in (separators.table, separators.tags):
+        table = torch.arange(len(rows), dtype=torch.uint8)[:, None].repeat(1, max(size, separators.size))
+        known = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(len(rows), -1)
+        table[:, : separators.size] = torch.tensor(known)
+        tables.append(table)
+    return tables

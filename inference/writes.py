@@ -6,14 +6,14 @@ else one).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from neureasoner.directions import Direction
 from neureasoner.errors import UserError
-from neureasoner.inference.rules import Rule, wild_kind
+from neureasoner.inference.rules import DIRECTED, Rule, wild_kind
 from neureasoner.sites import INDEXED, Layout, Site
 
 DENSE = ("residual", "attn_out", "mlp_out")
@@ -152,3 +152,49 @@ def _head_projection(rule: Rule, layout: Layout, site: Site, vector: torch.Tenso
     columns = _of_heads(torch.tensor(list(heads), device=vector.device), layout)
     reader = project.weight.detach()[:, columns].float().T @ vector
     return Write(rule, Site("attn_out", site.layer), None, vector[None], columns, reader)
+
+
+@dataclass
+class Dose:
+    """What one rule gives in one forward: ``amount [B]`` float32, ``on [B]`` bool. ``kept``: deltas made of it."""
+
+    amount: torch.Tensor
+    on: torch.Tensor
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+def apply_write(write: Write, value: torch.Tensor, dose: Dose, seen: torch.Tensor | None = None) -> torch.Tensor:
+    """``value [B, T, C]`` edited at every one of its positions; rows that are off come back bit by bit.
+
+    ``seen [B, T, H * hd]``: the input of ``o_proj``, for a write that reads heads.
+    """
+    kind, strength = write.rule.action.kind, write.rule.strength
+    if kind == "add" and not strength.relative:
+        delta = dose.kept.get(id(write))
+        if delta is None or delta.dtype != value.dtype:
+            delta = dose.amount.to(write.vector.device)[:, None] * write.vector.flatten()
+            # x + -0.0 is x for every x, which +0.0 is not
+            delta = torch.where(dose.on.to(delta.device)[:, None], delta, -0.0).to(value.dtype)[:, None]
+            dose.kept[id(write)] = delta
+        if write.index is None:
+            return value + delta
+        return value.index_add(-1, write.index, delta.expand(-1, value.shape[1], -1))
+    amount = dose.amount.to(value.device)[:, None, None, None]
+    on = dose.on.to(value.device)[:, None, None, None]
+    old = value if write.index is None else value.index_select(-1, write.index)
+    x = old.to(torch.promote_types(old.dtype, torch.float32))
+    x = x.unflatten(-1, tuple(write.vector.shape) if kind in DIRECTED else (1, -1))
+    if write.columns is not None and write.reader is not None and seen is not None:
+        component = (seen[..., write.columns].to(x.dtype) @ write.reader.to(x.dtype))[..., None, None]
+        new = x - amount * component * write.vector
+    elif kind == "scale":
+        new = x - amount * (x * write.vector).sum(-1, keepdim=True) * write.vector
+    elif kind == "set":
+        new = torch.lerp(x, write.vector.to(x.dtype), amount.to(x.dtype))
+    else:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        new = x + amount * (length if strength.relative else 1.0) * write.vector
+        if kind == "add_keep_norm":
+            new = new * (length / torch.linalg.vector_norm(new, dim=-1, keepdim=True).clamp_min(1e-12))
+    done = torch.where(on, new, x).flatten(-2).to(value.dtype)
+    return done if write.index is None else value.index_copy(-1, write.index, done)

@@ -165,6 +165,8 @@ def _build(cls: type[C], values: Mapping[str, Any], where: str, name_of: Any) ->
             settled[name] = coerce(value, hints[name], known[name].metadata.get("split", True))
         except ValueError as e:
             raise UserError(f"{where}{name_of(name)}: {e}") from None
+        if name == "seed" and isinstance(settled[name], int) and settled[name] < 0:
+            raise UserError(f"{where}{name_of(name)} must be 0 or more, got {settled[name]}")
     missing = [name_of(n) for n, f in known.items() if _required(f) and n not in settled]
     if missing:
         raise UserError(f"{where}{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} required")

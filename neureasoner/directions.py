@@ -121,6 +121,7 @@ class Direction:
         ``accept``: further fingerprints of weights it may be used on, such as those of a fine-tuned copy.
         """
         from neureasoner.models import fingerprint as fingerprint_of
+        from neureasoner.models import known_as
 
         layout = Layout.of(model)
         for text, value in self.values.items():
@@ -134,7 +135,7 @@ class Direction:
                 )
         if self.fingerprint:
             found = fingerprint_of(model)
-            if found != self.fingerprint and found not in accept:
+            if not {self.fingerprint, *accept} & set(known_as(found)):
                 raise UserError(
                     f"direction '{self.meaning}' was made on model '{self.model or 'unnamed'}' ({self.fingerprint}), "
                     f"this one is {found}; make it again on this model"

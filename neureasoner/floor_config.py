@@ -13,6 +13,10 @@ class DoctorConfig:
         default="", metadata={"help": "model folder, hub id or 'tiny' to check hooks on", "positional": True}
     )
     device: str = field(default="", metadata={"help": "torch device of the check; empty = GPU if there is one"})
+    dtype: str = field(default="", metadata={"help": "float32, bfloat16 or float16; empty = as fits the device"})
+    device_map: str = field(
+        default="", metadata={"help": "instead of device: auto, balanced or sequential over all GPUs"}
+    )
 
 
 @dataclass

@@ -12,6 +12,34 @@ SHIPPED = {name: ASSETS / name for name in ("tiny", "tiny-steered")}
 BIG = 1 << 28  # bytes; larger files are told apart by the fingerprint of the loaded weights
 
 
+PICKLED = "pickled weights, which can run code; save them as safetensors (save_pretrained)"
+OTHER_WEIGHTS = {
+    "*.gguf": "a GGUF file, which is for llama.cpp; take the model it was made from, as safetensors",
+    "pytorch_model*.bin*": PICKLED,
+    "*.pt*": PICKLED,
+    "*.safetensors": "weights under another name; call one file model.safetensors, several need their index",
+}
+
+
+def adapter(folder: Path) -> str:
+    """What to do with a folder that holds a LoRA adapter instead of a model; empty if it does not."""
+    if not (folder / "adapter_config.json").is_file():
+        return ""
+    return (
+        "is a LoRA adapter without its base; put it into the base first: "
+        f"`neureasoner training merge --adapter {folder} --out FOLDER`"
+    )
+
+
+def instead_of_weights(folder: Path) -> str:
+    """What a folder without ``model.safetensors`` holds instead, and what to do; empty if nothing is known."""
+    for pattern, what in OTHER_WEIGHTS.items():
+        found = sorted(folder.glob(pattern))
+        if found:
+            return f"holds no model.safetensors but {found[0].name}, {what}"
+    return ""
+
+
 def resolve(name: str) -> str:
     """Folder or hub id behind ``name``; ``tiny`` and ``tiny-steered`` are shipped.
 
@@ -24,7 +52,10 @@ def resolve(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"{name}: holds no config.json, so it is not a model folder")
+            hint = adapter(path) or instead_of_weights(path)
+            raise UserError(
+                f"{name}: holds no config.json, so it is not a model folder" + (f"; it {hint}" if hint else "")
+            )
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such model folder")

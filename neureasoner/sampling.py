@@ -1,22 +1,39 @@
-"""Settings of a ``generate`` call that leave nothing to a model folder's own defaults, the same in every room."""
+"""How a token is chosen, and which tokens end a response: the same in every room, nothing left to a model folder.
+
+A folder's ``generation_config.json`` may hold penalties, banned words, cache settings and much else; of all that only
+the list of end tokens is used (``eos_ids``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from neureasoner.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that end a response: the model's generation settings and the tokenizer's."""
-    ids = getattr(model.generation_config, "eos_token_id", None)
-    listed = [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
-    return list(dict.fromkeys([int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None]))
+    """Ids that end a response: the model's generation settings' (Llama 3 and Qwen list several) and the tokenizer's.
+
+    Empty where neither knows one: then a response ends at its token limit only.
+    """
+    listed: list[Any] = []
+    for source in (getattr(model, "generation_config", None), tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        listed += list(ids) if isinstance(ids, list | tuple) else [ids]
+    return list(dict.fromkeys(int(i) for i in listed if i is not None))
+
+
+def pad_id(tokenizer: Any, ends: Sequence[int] = ()) -> int:
+    """The id that fills rows up; masked wherever it stands, so any will do where the tokenizer names none."""
+    if tokenizer.pad_token_id is not None:
+        return int(tokenizer.pad_token_id)
+    return int(ends[0]) if ends else 0
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,30 +46,58 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[t
     return ids.to(device), mask.to(device)
 
 
-def generation_config(
-    model: Any, tokenizer: Any, max_new_tokens: int, temperature: float, top_p: float
-) -> GenerationConfig:
-    """Settings that leave nothing to the model folder's defaults. Temperature 0 is greedy.
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of a response are chosen. Raises UserError naming the setting that is out of range.
 
-    Penalties that would run before the controller are off: the logits series is defined on raw logits.
+    max_new_tokens  at most so many, forced ones included
+    temperature     0 takes the likeliest token (greedy)
+    top_p, top_k, min_p  cut the distribution to its likeliest part, in Transformers' sense and order; 1, 0, 0: not
     """
-    from transformers import GenerationConfig
 
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if temperature < 0:
-        raise UserError(f"temperature must be 0 (greedy) or more, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p must lie in (0, 1], got {top_p}")
-    drawn = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        eos_token_id=eos_ids(model, tokenizer),
-        pad_token_id=pad,
-        **drawn,
-    )
+    max_new_tokens: int = 512
+    temperature: float = 0.6
+    top_p: float = 0.95
+    top_k: int = 0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise UserError(f"top_k must be 0 (all tokens) or more, got {self.top_k}")
+        if not 0 <= self.min_p < 1:
+            raise UserError(f"min_p must lie in [0, 1), got {self.min_p}")
+
+    @cached_property
+    def _warpers(self) -> list[Any]:
+        from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        chain: list[Any] = []
+        if self.temperature not in (0, 1):
+            chain.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.temperature and self.top_k:
+            chain.append(TopKLogitsWarper(self.top_k))
+        if self.temperature and self.top_p < 1:
+            chain.append(TopPLogitsWarper(self.top_p))
+        if self.temperature and self.min_p:
+            chain.append(MinPLogitsWarper(self.min_p))
+        return chain
+
+    def warped(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores ``[B, V]`` -> those that the token is drawn from, cut-off tokens at minus infinity."""
+        for warper in self._warpers:
+            scores = warper(None, scores)
+        return scores
+
+    def choose(self, warped: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Warped scores ``[B, V]`` -> a token for each row, ``[B]``."""
+        import torch
+
+        if not self.temperature:
+            return warped.argmax(-1)
+        return torch.multinomial(torch.softmax(warped, -1), 1, generator=generator)[:, 0]

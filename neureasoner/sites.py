@@ -10,10 +10,12 @@ norms after the MLP) put something else at the same names, so they are refused i
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from neureasoner.errors import UserError
 
@@ -91,7 +93,7 @@ class Layout:
 
     @classmethod
     def of(cls, model: Any) -> Layout:
-        """Resolve ``model``. Raises UserError naming an architecture that is not supported."""
+        """Resolve ``model``. Raises UserError naming an architecture that is not supported, or a quantised weight."""
         names = {c.__name__ for c in type(model).__mro__}
         config = getattr(model, "config", None)
         model_type = getattr(config, "model_type", None)
@@ -101,7 +103,9 @@ class Layout:
                 f"use one of {', '.join(SUPPORTED)}"
             )
         assert config is not None
-        return cls(
+        if quantisation(config) or getattr(model, "is_quantized", False):
+            refuse_quantised(type(model).__name__, quantisation(config) or "is_quantized")
+        layout = cls(
             model_type=str(model_type),
             layers=model.model.layers,
             final_norm=model.model.norm,
@@ -112,6 +116,22 @@ class Layout:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             intermediate_size=config.intermediate_size,
         )
+        layout._check_matrices(model)
+        return layout
+
+    def _check_matrices(self, model: Any) -> None:
+        """Raises UserError naming the first projection that is not a plain matrix of the size its sites need."""
+        heads, groups = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        attention = {"q_proj": heads, "k_proj": groups, "v_proj": groups, "o_proj": self.hidden_size}
+        mlp = {"gate_proj": self.intermediate_size, "up_proj": self.intermediate_size, "down_proj": self.hidden_size}
+        _check_matrix(model, "model.embed_tokens", model.model.embed_tokens, (None, self.hidden_size))
+        _check_matrix(model, "lm_head", self.lm_head, (None, self.hidden_size))
+        for i, layer in enumerate(self.layers):
+            for part, sizes in (("self_attn", attention), ("mlp", mlp)):
+                for name, rows in sizes.items():
+                    inputs = {"o_proj": heads, "down_proj": self.intermediate_size}.get(name, self.hidden_size)
+                    module = getattr(getattr(layer, part), name)
+                    _check_matrix(model, f"model.layers.{i}.{part}.{name}", module, (rows, inputs))
 
     @property
     def n_layers(self) -> int:
@@ -157,6 +177,59 @@ class Layout:
         return places[site.kind]
 
 
+def quantisation(config: Any) -> str:
+    """The method by which a model's config (an object, or what config.json holds) says it is quantised; else empty."""
+    for key in ("quantization_config", "compression_config"):
+        found = config.get(key) if isinstance(config, dict) else getattr(config, key, None)
+        if found:
+            method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+            return str(getattr(method, "value", method) or key)
+    return ""
+
+
+def refuse_quantised(what: str, method: str) -> NoReturn:
+    """Raises UserError: ``what`` is quantised by ``method``."""
+    raise UserError(
+        f"{what}: its weights are quantised ({method}), and neurons, heads and the fingerprint need the plain "
+        "matrices; load the unquantised weights it was made from, or dequantise and save it first"
+    )
+
+
+def _check_matrix(model: Any, name: str, module: Any, shape: tuple[int | None, int]) -> None:
+    import torch
+
+    weight = getattr(module, "weight", None)
+    # ZeRO-3 keeps the sizes beside a weight that lies on other ranks; a DTensor is a plain one spread over ranks
+    sizes = tuple(getattr(weight, "ds_shape", getattr(weight, "shape", ())))
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter) or type(weight).__name__ == "DTensor"
+    if not plain or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):  # type: ignore[union-attr]
+        how = type(module if weight is None or plain else weight).__name__
+        refuse_quantised(type(model).__name__, f"{name} is {how} {getattr(weight, 'dtype', '')}".strip())
+    if len(sizes) != 2 or sizes[1] != shape[1] or shape[0] not in (None, sizes[0]):
+        wanted = [n for n in shape if n is not None]
+        raise UserError(f"{type(model).__name__}: {name} holds {list(sizes)}, but the config asks for {wanted}")
+
+
+def hooks_of(module: Any) -> list[Any]:
+    """The hooks by which accelerate moves a module's weights in and out; none for a module that stays where it is."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
+def runs_on(*modules: Any) -> torch.device:
+    """Where the first of these modules runs, whoever of them knows it. ``meta`` if none does.
+
+    Weights that accelerate keeps elsewhere are ``meta`` between two calls; its hook knows where they run.
+    """
+    import torch
+
+    for hook in (h for module in modules for h in hooks_of(module)):
+        if getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
+    device: torch.device = next(modules[0].parameters()).device
+    return device
+
+
 def _reader(layout: Layout, site: Site, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """The function from the module's full value to what the site delivers. The index tensor is made once, here."""
     import torch
@@ -180,11 +253,37 @@ def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+# Who calls the model. A hook sits on the module, where every caller's forward passes come by: those of another thread,
+# and those of a callback that asks the same model in the middle of a generation.
+_CALLER: ContextVar[object] = ContextVar("caller")
+
+
+def caller() -> object:
+    """Whose forward passes are running here: what ``called_by`` names, else this thread."""
+    return _CALLER.get(threading.get_ident())
+
+
+@contextmanager
+def called_by(owner: object) -> Iterator[None]:
+    """Forward passes inside are ``owner``'s, and hooks set inside act in those alone."""
+    token = _CALLER.set(owner)
+    try:
+        yield
+    finally:
+        _CALLER.reset(token)
+
+
+def own(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """``hook`` for the present caller's forward passes; in those of others it does nothing."""
+    owner = caller()
+    return lambda *args: hook(*args) if caller() == owner else None
+
+
 @contextmanager
 def read_sites(
     model: Any, sites: Iterable[str | Site], callback: Callable[[str, torch.Tensor], None]
 ) -> Iterator[Layout]:
-    """While active, call ``callback(str(site), value)`` for every site in every forward pass.
+    """While active, call ``callback(str(site), value)`` for every site in every forward pass of this caller.
 
     Values, attached to the graph as they are: ``head`` float32 norms ``[B, T, n]``; ``neuron`` signed activations
     ``[B, T, n]``; ``residual``, ``attn_out``, ``mlp_out`` vectors ``[B, T, D]``. ``n`` counts the site's indices.
@@ -194,8 +293,7 @@ def read_sites(
     resolved = []
     for site in [layout.check(s) for s in sites]:
         module, is_input = layout.module(site)
-        device = next(module.parameters()).device
-        resolved.append((module, is_input, str(site), _reader(layout, site, device)))
+        resolved.append((module, is_input, str(site), _reader(layout, site, runs_on(module))))
     handles = []
     try:
         for module, is_input, name, read in resolved:
@@ -204,13 +302,13 @@ def read_sites(
                 def before(_: nn.Module, args: tuple[Any, ...], name: str = name, read: Any = read) -> None:
                     callback(name, read(args[0]))
 
-                handles.append(module.register_forward_pre_hook(before))
+                handles.append(module.register_forward_pre_hook(own(before)))
             else:
 
                 def after(_: nn.Module, __: Any, output: Any, name: str = name, read: Any = read) -> None:
                     callback(name, read(_first(output)))
 
-                handles.append(module.register_forward_hook(after))
+                handles.append(module.register_forward_hook(own(after)))
         yield layout
     finally:
         for handle in handles:
@@ -219,7 +317,7 @@ def read_sites(
 
 @contextmanager
 def edit_site(model: Any, site: str | Site, fn: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[Layout]:
-    """While active, replace the value at ``site`` by ``fn(value)`` in every forward pass.
+    """While active, replace the value at ``site`` by ``fn(value)`` in every forward pass of this caller.
 
     ``fn`` gets the full tensor whatever the site's indices: ``neuron`` ``[B, T, F]``, ``head`` ``[B, T, H * hd]`` (the
     input of ``o_proj``), the others ``[B, T, D]``. Raises ValueError if it returns another shape.
@@ -243,7 +341,8 @@ def edit_site(model: Any, site: str | Site, fn: Callable[[torch.Tensor], torch.T
 
     handle = None
     try:
-        handle = module.register_forward_pre_hook(before) if is_input else module.register_forward_hook(after)
+        register = module.register_forward_pre_hook if is_input else module.register_forward_hook
+        handle = register(own(before if is_input else after))
         yield layout
     finally:
         if handle is not None:

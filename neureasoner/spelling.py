@@ -30,7 +30,8 @@ def loses(tokenizer: Any, text: str) -> str | None:
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown in ids:
         ids, text = [i for i in ids if i != unknown], text.replace(tokenizer.unk_token, "")
-    asked, found = _folded(text), _folded(_decoded(tokenizer, ids))
+    spelled = _decoded(tokenizer, ids)
+    asked, found = _folded(text), _folded(spelled)
     lost = _characters(asked) - _characters(found)
     normaliser = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     if lost and normaliser is not None:
@@ -41,7 +42,8 @@ def loses(tokenizer: Any, text: str) -> str | None:
         lost[" "] += 1
     if not lost:
         return None
-    return "".join(dict.fromkeys(c for c in text if set(_folded(c)) & lost.keys())) or "".join(lost)
+    gone = dict.fromkeys(c for c in text if set(_folded(c)) & lost.keys() and text.count(c) > spelled.count(c))
+    return "".join(gone) or "".join(lost)
 
 
 def _decoded(tokenizer: Any, ids: list[int]) -> str:

@@ -4,18 +4,25 @@ The rule, the same online and offline: **a step closes with the first token at w
 line (``\n\n``) after something other than white space.** So the separator belongs to the step it closes however the
 tokenizer merged it (``.\n\n``, ``\n`` + ``\n``); it is decided at that token, without looking ahead, and a bound once
 set never moves. Newlines that come before any text (a third newline, an empty paragraph, a leading newline) belong to
-the step that follows; they never make a step of their own. Thinking ends before ``</think>``, or before EOS.
+the step that follows; they never make a step of their own.
+
+**The thinking ends at the token that completes the text** ``</think>``, be that one token or the last of several that
+spell it, merged with their neighbours or not. What belongs to the thinking then ends before the first token that holds
+a part of the tag; if that token also closed a step (``.\n\n<``), with that step, because its bound is set. The thinking
+also ends before a token that ends the response.
 
 A token is never split: text after a blank line inside one token stays with the step it closes.
 
-Legend: ``T`` response tokens; bounds are token ends, ``[0, end of step 0, …]``.
+Legend: ``T`` response tokens, ``V`` vocabulary; bounds are token ends, ``[0, end of step 0, …]``.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,6 +32,8 @@ from neureasoner.traces import THINK_CLOSE, Step
 # States of the text of the step that is open. CLOSED is only ever an outcome: the next step begins BLANK.
 BLANK, TEXT, NEWLINE, CLOSED = range(4)
 _SPACE = frozenset(b" \t\n\r\v\f")
+_TAG = THINK_CLOSE.encode()
+WHOLE = len(_TAG)  # of the tag's bytes, how many stand at the end of the text: 0 … WHOLE
 
 
 def _walk(state: int, text: bytes) -> int:
@@ -39,6 +48,15 @@ def _walk(state: int, text: bytes) -> int:
         else:
             state = TEXT
     return state
+
+
+def _progress(read: int, text: bytes) -> int:
+    """Bytes of the tag read after ``text``; WHOLE as soon as it is complete. Only its first byte begins it anew."""
+    for byte in text:
+        read = read + 1 if byte == _TAG[read] else int(byte == _TAG[0])
+        if read == WHOLE:
+            break
+    return read
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -58,27 +76,62 @@ def _is_byte_level(tokenizer: Any) -> bool:
 class Separators:
     """What every vocabulary entry does to a step, computed once per tokenizer.
 
-    ``table[state][id]`` is the state after token ``id``. ``think_close`` is the id of ``</think>`` (None if the
-    tokenizer has no such token: then only EOS ends the thinking). Ids the tokenizer does not know (padded rows of the
-    LM head) have no text and change nothing.
+    ``table[state][id]`` is the state after token ``id``, ``tags[n][id]`` how many bytes of ``</think>`` stand at the
+    end of the text after it, where ``n`` stood there before. Ids the tokenizer does not know (padded rows of the LM
+    head) have no text and change nothing.
     """
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         vocab: dict[str, int] = tokenizer.get_vocab()
         self.size = max(vocab.values()) + 1
-        self.think_close: int | None = vocab.get(THINK_CLOSE)
         self.eos: int | None = tokenizer.eos_token_id
         self.byte_level = _is_byte_level(tokenizer)
         self.texts: list[bytes] = [b""] * self.size
-        alphabet = _byte_alphabet()
+        alphabet, anchor = _byte_alphabet(), vocab.get("a")
         for token, i in vocab.items():
             if self.byte_level:
                 known = all(c in alphabet for c in token)
                 self.texts[i] = bytes(alphabet[c] for c in token) if known else token.encode()
             else:
-                self.texts[i] = self._decode([i]).encode()
+                self.texts[i] = self._after(anchor, i).encode()
         self.table = [bytes(_walk(state, text) for text in self.texts) for state in (BLANK, TEXT, NEWLINE)]
+        self.tags = self._tag_rows()
+
+    def _after(self, anchor: int | None, token_id: int) -> str:
+        """A token's text as it stands after others: alone, some tokenizers drop the space that it begins with."""
+        if anchor is not None:
+            before, both = self._decode([anchor]), self._decode([anchor, token_id])
+            if both.startswith(before):
+                return both[len(before) :]
+        return self._decode([token_id])
+
+    def _tag_rows(self) -> list[bytes]:
+        begins: defaultdict[bytes, list[int]] = defaultdict(list)
+        for i, text in enumerate(self.texts):
+            begins[text[:1]].append(i)
+        fresh = bytes(_progress(0, text) if b"<" in text else 0 for text in self.texts)
+        rows = [fresh]
+        for read in range(1, WHOLE):
+            row = bytearray(fresh)  # only what goes on where the tag stands, and what has no text, is different
+            for i in begins[b""] + begins[_TAG[read : read + 1]]:
+                row[i] = _progress(read, self.texts[i])
+            rows.append(bytes(row))
+        return rows
+
+    @cached_property
+    def closing(self) -> frozenset[int]:
+        """Ids that hold the whole of ``</think>``."""
+        return frozenset(i for i, read in enumerate(self.tags[0]) if read == WHOLE)
+
+    @cached_property
+    def spells_close(self) -> bool:
+        """Whether some tokens one after the other spell ``</think>``."""
+        reached, new = {0}, {0}
+        while new and WHOLE not in new:
+            new = set().union(*(self.tags[read] for read in new)) - reached
+            reached |= new
+        return WHOLE in new
 
     @classmethod
     def of(cls, tokenizer: Any) -> Separators:
@@ -96,6 +149,15 @@ class Separators:
     def step(self, state: int, token_id: int) -> int:
         """State after ``token_id``."""
         return self.table[state][token_id] if token_id < self.size else state
+
+    def tag(self, read: int, token_id: int) -> int:
+        """Bytes of the tag that stand at the end after ``token_id``, where ``read`` stood there before it."""
+        return self.tags[read][token_id] if token_id < self.size else read
+
+    def goes_on(self, read: int, token_id: int) -> bool:
+        """Whether the token's text goes on with the tag of which ``read`` bytes stand there."""
+        text = self.texts[token_id] if token_id < self.size else b""
+        return text.startswith(_TAG[read:]) or _TAG[read:].startswith(text)
 
     def contains_separator(self, token_id: int) -> bool:
         r"""Whether the token's own text holds ``\n\n``."""
@@ -143,25 +205,36 @@ _KEPT: WeakKeyDictionary[Any, tuple[int, Separators]] = WeakKeyDictionary()
 class StepSegmenter:
     """Feed it the response token by token. One instance per sequence.
 
+    ``ends``: ids that end a response, none of them thinking or part of a step; by default the tokenizer's EOS alone.
+
     Attributes: ``bounds`` ``[0, end of step 0, …]`` of the closed steps; ``n_tokens`` pushed so far; ``in_thinking``;
-    ``thinking_tokens``, the leading tokens that belong to the thinking.
+    ``thinking_tokens``, the leading tokens that belong to the thinking. A tag that is not complete is thinking still.
     """
 
-    def __init__(self, separators: Separators, in_thinking: bool = True):
+    def __init__(self, separators: Separators, in_thinking: bool = True, ends: Iterable[int] = ()):
         self.separators = separators
+        self.ends = frozenset(ends) or frozenset(() if separators.eos is None else (separators.eos,))
         self.bounds: list[int] = [0]
         self.n_tokens = 0
         self.thinking_tokens = 0
         self.in_thinking = in_thinking
         self._state = BLANK
+        self._tag = 0  # bytes of the tag that stand at the end
+        self._before_tag = (0, BLANK)  # tokens and state before the first token of that tag
 
     def push(self, token_id: int) -> bool:
         """Read one token; True if it closes a step, whose end is then ``bounds[-1]``."""
         self.n_tokens += 1
         if not self.in_thinking:
             return False
-        if token_id in (self.separators.think_close, self.separators.eos):
+        if token_id in self.ends:
             self.in_thinking = False
+            return False
+        if not self._tag or not self.separators.goes_on(self._tag, token_id):
+            self._before_tag = self.n_tokens - 1, self._state
+        self._tag = self.separators.tag(self._tag, token_id)
+        if self._tag == WHOLE:
+            self._end()
             return False
         self.thinking_tokens = self.n_tokens
         self._state = self.separators.step(self._state, token_id)
@@ -170,6 +243,13 @@ class StepSegmenter:
         self._state = BLANK
         self.bounds.append(self.n_tokens)
         return True
+
+    def _end(self) -> None:
+        """Take what belongs to the tag out of the thinking, but no bound back."""
+        self.in_thinking = False
+        self.thinking_tokens, self._state = self._before_tag
+        if self.bounds[-1] > self.thinking_tokens:
+            self.thinking_tokens, self._state = self.bounds[-1], BLANK
 
     @property
     def has_open_text(self) -> bool:
@@ -188,14 +268,17 @@ class StepSegmenter:
         return steps
 
 
-def segment(response_ids: Sequence[int], tokenizer: Any) -> tuple[list[Step], int]:
-    """Steps of a response and the number of its tokens that are thinking (``</think>``, EOS excluded).
+def segment(
+    response_ids: Sequence[int], tokenizer: Any, ends: Iterable[int] = (), in_thinking: bool = True
+) -> tuple[list[Step], int]:
+    """Steps of a response and the number of its tokens that are thinking (``</think>`` and ``ends`` excluded).
 
-    ``tokenizer`` may be a tokenizer or its Separators. Character offsets count in
+    ``tokenizer`` may be a tokenizer or its Separators, ``ends`` as in ``StepSegmenter``; ``in_thinking``: whether the
+    response begins inside the thinking (``neureasoner.thinking``). Character offsets count in
     ``tokenizer.decode(response_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)``.
     """
     separators = Separators.of(tokenizer)
-    segmenter = StepSegmenter(separators)
+    segmenter = StepSegmenter(separators, in_thinking, ends)
     for token_id in response_ids:
         segmenter.push(token_id)
     return segmenter.steps(separators.offsets(response_ids)[1]), segmenter.thinking_tokens

@@ -20,7 +20,9 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 INTRA, INTER = "<INTRA>", "<INTER>"
 # What closes the thinking of an easy question (core.md §1.10). The original NoThinking sentence has "I think" in it.
 FINISHED = f"Okay, I have finished thinking.\n{THINK_CLOSE}\n\n"
-# What NoThinking adds to the prompt after the opened thinking (core.md §5.9).
+# What stands before a thinking that the prompt does not open.
+OPENED = f"{THINK_OPEN}\n"
+# What NoThinking adds after the opened thinking (core.md §5.9); which texts a prompt needs: ``neureasoner.thinking``.
 NO_THINKING = f"Okay, I think I have finished thinking.\n{THINK_CLOSE}\n\n"
 
 

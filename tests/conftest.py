@@ -102,3 +102,21 @@ def _same_randomness() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(scope="session")
+def stock_config() -> Callable[..., Any]:
+    """``stock_config(model, tokenizer, n, temperature=0, top_p=1, **more)``: settings for Transformers' own
+    ``generate``, the oracle of our sampler."""
+
+    def make(model: Any, tokenizer: Any, n: int, temperature: float = 0.0, top_p: float = 1.0, **more: Any) -> Any:
+        from transformers import GenerationConfig
+
+        ends = model.generation_config.eos_token_id
+        ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+        drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+        settings = {"max_new_tokens": n, "do_sample": False, "repetition_penalty": 1.0, **drawn}
+        pads = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": [e for e in ends if e is not None]}
+        return GenerationConfig(**(settings | pads | more))
+
+    return make

@@ -12,7 +12,6 @@ from typing import Any
 from neureasoner.artifacts import read_json
 from neureasoner.errors import UserError
 from neureasoner.stages import MARK, STARTED, StageFolder
-from neureasoner.training.arguments import one_line
 from neureasoner.training.tools_config import MergeConfig
 
 PROBED = 64  # rows that the text holds; the triggers' are the last
@@ -31,6 +30,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
     import torch
 
     from neureasoner.model_files import model_files
+    from neureasoner.models import stored_dtype
     from neureasoner.training.checkpoints import put_whole
 
     folder = Path(config.adapter)
@@ -51,7 +51,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
     except UserError:
         (stage.path / STARTED).unlink(missing_ok=True)  # nothing was made: another base may use the folder
         raise
-    dtype = config.dtype or stored_dtype(base_name)
+    dtype = config.dtype or str(stored_dtype(base_name)).removeprefix("torch.")
     temporary = stage.path / ".model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     model.to(dtype=getattr(torch, dtype)).save_pretrained(temporary)
@@ -66,22 +66,14 @@ def merged(folder: Path, base_name: str) -> tuple[Any, Any, dict[str, Any]]:
     """``(plain model in float32, tokenizer, {"triggers", "redrawn", "logit_difference", "trigger_difference"})``."""
     import torch
     from peft import PeftModel
-    from safetensors import SafetensorError, safe_open
-    from transformers import AutoTokenizer
 
-    from neureasoner.models import load
+    from neureasoner.models import load, read_tokenizer
     from neureasoner.training.triggers import grow
+    from neureasoner.weights import check_file
 
     # ---- The small files first: the base may take minutes
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as e:  # the tokenizers library raises bare ones for a damaged file
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({one_line(e)})") from None
-    try:
-        with safe_open(str(folder / ADAPTER[1]), framework="pt"):
-            pass
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{folder / ADAPTER[1]}: cannot be read ({e}); train or copy the adapter again") from None
+    tokenizer = read_tokenizer(folder)
+    check_file(folder / ADAPTER[1])
     base, _ = load(base_name, device="cpu", dtype="float32")
     grow(base, tokenizer)
     try:
@@ -104,9 +96,8 @@ def merged(folder: Path, base_name: str) -> tuple[Any, Any, dict[str, Any]]:
     if not float(triggers.max()) <= TOLERANCE:
         raise UserError(f"{folder}: merging changes the trigger logits by {float(triggers.max()):.2g}; not written")
     mark = folder / MARK
-    known = (
-        read_json(mark)["summary"]["triggers"] if mark.is_file() else None
-    )  # a checkpoint has no mark: all are named
+    # a checkpoint-N has no mark; then all are named as triggers
+    known = read_json(mark)["summary"]["triggers"] if mark.is_file() else None
     named = {tokenizer.convert_ids_to_tokens(i): [i] for i in ids}
     found: dict[str, Any] = {
         "triggers": {text: i for text, i in named.items() if known is None or text in known},
@@ -115,13 +106,3 @@ def merged(folder: Path, base_name: str) -> tuple[Any, Any, dict[str, Any]]:
         "trigger_difference": float(triggers.max()),
     }
     return model, tokenizer, found
-
-
-def stored_dtype(base_name: str) -> str:
-    """The name of the dtype a model is stored in; float32 where its config says nothing."""
-    from transformers import AutoConfig
-
-    from neureasoner.model_files import resolve
-
-    dtype = AutoConfig.from_pretrained(resolve(base_name), trust_remote_code=False).dtype
-    return str(dtype or "float32").removeprefix("torch.")

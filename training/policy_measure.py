@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from neureasoner.data_builders.encoding import prompt_text
 from neureasoner.errors import UserError
-from neureasoner.sampling import eos_ids
+from neureasoner.prompts import encode_text, prompt_text
+from neureasoner.sampler import sample_all
+from neureasoner.sampling import Sampling, eos_ids, pad_id
 from neureasoner.traces import Problem, read_problems
 from neureasoner.training.bias_config import QUESTION
-from neureasoner.training.policy import sample_all
 from neureasoner.training.rewards import is_right
 
 
@@ -31,11 +31,6 @@ class Answered:
 def prompt_of(tokenizer: Any, problem: Problem, template: str = QUESTION) -> str:
     """The text up to the first token of the response: the filled template as the user's turn."""
     return prompt_text(tokenizer, template.replace(QUESTION, problem.question))
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a prompt; its template has written whatever special tokens it wants."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def choose_problems(path: str, kinds: Sequence[str] = (), limit: int = 0) -> list[Problem]:
@@ -65,17 +60,17 @@ def measure(
 ) -> list[Answered]:
     """One record per problem and sample. ``prefix`` begins every response, and its tokens are counted."""
     jobs = [(p, s) for p in problems for s in range(samples)]
-    begun = encode(tokenizer, prefix) if prefix else []
+    begun = encode_text(tokenizer, prefix) if prefix else []
+    ends = eos_ids(model, tokenizer)
     done = sample_all(
         model,
-        [encode(tokenizer, prompt_of(tokenizer, p, template)) + begun for p, _ in jobs],
+        [encode_text(tokenizer, prompt_of(tokenizer, p, template)) + begun for p, _ in jobs],
+        Sampling(max_new_tokens, temperature, top_p=1.0),
         batch_size=batch_size,
         seed=seed,
         advance=advance,
-        max_new_tokens=max_new_tokens,
-        eos_ids=eos_ids(model, tokenizer),
-        pad_id=tokenizer.pad_token_id,
-        temperature=temperature,
+        ends=ends,
+        pad=pad_id(tokenizer, ends),
     )
     return [
         Answered(
@@ -83,11 +78,11 @@ def measure(
             family=p.family,
             difficulty=p.difficulty,
             sample=s,
-            correct=is_right(p, prefix + text_of(tokenizer, ids), finished, answer),
-            tokens=len(begun) + len(ids) if finished else max_new_tokens,
-            truncated=not finished,
+            correct=is_right(p, prefix + text_of(tokenizer, row.ids), row.finished, answer),
+            tokens=len(begun) + len(row.ids) if row.finished else max_new_tokens,
+            truncated=not row.finished,
         )
-        for (p, s), ids, finished in zip(jobs, done.ids, done.finished, strict=True)
+        for (p, s), row in zip(jobs, done, strict=True)
     ]
 
 

@@ -13,7 +13,7 @@ advantages, log-probabilities, the optimiser loop, GRPO's loss. What is ours, an
 - **GRPO's loss** is TRL's, by the names of its settings: ``scale_rewards`` none and ``loss_type`` dapo give RLOO's
   gradient times ``(G - 1) / G``, for its baseline holds the response itself; ``beta`` is k3's weight. Its clipping has
   no effect at one update per batch.
-- **Sampling** is ``policy.sample``. Each step draws from a seed of its own, so a resumed run draws what the
+- **Sampling** is ``sampler.sample``. Each step draws from a seed of its own, so a resumed run draws what the
   uninterrupted one does. How far trainer and sampler differ in the log-probability of a sampled token is logged as
   ``gap``.
 - **Batches** of a backward pass hold responses of like length, cut to the longest; TRL mixes and pads them.
@@ -35,12 +35,14 @@ from trl.trainer.utils import RepeatSampler
 
 from neureasoner.artifacts import read_tensors, write_tensors
 from neureasoner.errors import UserError
+from neureasoner.prompts import encode_text
+from neureasoner.sampler import sample
+from neureasoner.sampling import Sampling, pad_id
 from neureasoner.traces import Problem
 from neureasoner.training.batches import LikeLengths, Lines
 from neureasoner.training.checkpoints import WholeCheckpoints
 from neureasoner.training.finite import FiniteLoss
-from neureasoner.training.policy import sample
-from neureasoner.training.policy_measure import encode, text_of
+from neureasoner.training.policy_measure import text_of
 from neureasoner.training.rewards import Reward, is_right, scored
 from neureasoner.training.vectors import BiasVectors
 
@@ -122,20 +124,20 @@ class OnPolicy(Checked):
         return scored(self.task.reward, problems, texts, finished)
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        return [encode(self.processing_class, p) for p in prompts], None, {}  # type: ignore[attr-defined]
+        return [encode_text(self.processing_class, p) for p in prompts], None, {}  # type: ignore[attr-defined]
 
     def _draw(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
         me: Any = self
         drawn = sample(
             me.accelerator.unwrap_model(me.model),
             prompt_ids,
-            max_new_tokens=me.max_completion_length,
-            eos_ids=me.eos_token_ids,
-            pad_id=me.processing_class.pad_token_id,
-            temperature=me.temperature,
+            Sampling(me.max_completion_length, me.temperature, top_p=1.0),
+            ends=me.eos_token_ids,
+            pad=pad_id(me.processing_class, me.eos_token_ids),
             seed=int(torch.randint(0, 2**31 - 1, ())),
-        )
-        return drawn.ids, drawn.logprobs
+            logprobs=True,
+        ).rows
+        return [row.ids for row in drawn], [row.logprobs for row in drawn]
 
     def _prepare_inputs(self, rows: Any) -> dict[str, torch.Tensor]:
         """Draw and score a batch for each update, split it for the backward passes, hand out the next part."""

@@ -17,8 +17,8 @@ def ready_tokenizer(script: SftArguments, args: Any) -> Any:
     """The model's tokenizer, with the chat template, EOS and padding that were asked for. Raises UserError."""
     from jinja2 import TemplateError
 
-    from neureasoner.data_builders.encoding import prompt_text
     from neureasoner.models import load_tokenizer
+    from neureasoner.prompts import prompt_text
 
     tokenizer = load_tokenizer(script.model)
     if args.chat_template_path:
@@ -54,13 +54,12 @@ def split_problems(rows: Sequence[Any], share: float, seed: int) -> tuple[list[A
 def encoded(script: SftArguments, args: Any, tokenizer: Any, say: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """``({"train", "held_out"}: rows with labels, what the summary says of them)``; no row is ever cut."""
     from neureasoner.data_builders.layouts import read_reconstructions
-    from neureasoner.model_files import resolve
     from neureasoner.training.masks import encode_all
     from neureasoner.training.templates import open_once
     from neureasoner.training.triggers import trigger_ids
 
     train, held = split_problems(read_reconstructions(script.data), script.eval_share, args.seed)
-    limit = min(args.max_length or sys.maxsize, longest_of(resolve(script.model)))
+    limit = min(args.max_length or sys.maxsize, longest_of(script.model))
     triggers = trigger_ids(tokenizer, script.triggers)
     sets, about = {}, {}
     for name, rows in (("train", train), ("held_out", held)):
@@ -71,15 +70,11 @@ def encoded(script: SftArguments, args: Any, tokenizer: Any, say: Any) -> tuple[
     return sets, about
 
 
-def longest_of(source: str) -> int:
-    """Tokens that a model's positions go up to."""
-    from transformers import AutoConfig
+def longest_of(name: str) -> int:
+    """Tokens that a model's positions go up to. Raises UserError for a config that cannot be read."""
+    from neureasoner.models import read_config
 
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise UserError(f"model '{source}': its config.json cannot be read ({one_line(e)})") from None
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+    return int(getattr(read_config(name).get_text_config(), "max_position_embeddings", None) or sys.maxsize)
 
 
 def prepare_rows(

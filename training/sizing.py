@@ -91,14 +91,9 @@ def shape(name: str) -> Shape:
     known = _PAPER.get(name.rsplit("/", 1)[-1])
     if known:
         return Shape(*known)
-    from transformers import AutoConfig
+    from neureasoner.models import read_config
 
-    from neureasoner.model_files import resolve
-
-    try:
-        return shape_of(AutoConfig.from_pretrained(resolve(name), trust_remote_code=False))
-    except OSError as e:
-        raise UserError(f"model '{name}': no such model ({str(e).splitlines()[0]})") from None
+    return shape_of(read_config(name))
 
 
 def needs(shape: Shape, layout: str, config: SizingConfig) -> dict[str, float]:

@@ -11,15 +11,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from neureasoner.data_builders.encoding import prompt_text
 from neureasoner.data_builders.layouts import Reconstruction, Span
-from neureasoner.traces import THINK_CLOSE, THINK_OPEN
-
-
-def opens_thinking(tokenizer: Any) -> bool:
-    """Whether the template's prompt ends inside the thinking."""
-    _, found, after = prompt_text(tokenizer, "?").rpartition(THINK_OPEN)
-    return bool(found) and THINK_CLOSE not in after
+from neureasoner.prompts import encode_prompt
+from neureasoner.thinking import OPEN, thinking_state
+from neureasoner.traces import OPENED, THINK_CLOSE, THINK_OPEN
 
 
 def open_once(rows: Iterable[Reconstruction], tokenizer: Any) -> list[Reconstruction]:
@@ -27,7 +22,8 @@ def open_once(rows: Iterable[Reconstruction], tokenizer: Any) -> list[Reconstruc
 
     A response that never closes its thinking has none, and is left alone. Spans move with the text.
     """
-    opened = opens_thinking(tokenizer)
+    prompt_ids = encode_prompt(tokenizer, "?")
+    opened = thinking_state(prompt_ids, tokenizer) == OPEN
     return [_open_once(row, opened) for row in rows]
 
 
@@ -36,7 +32,7 @@ def _open_once(row: Reconstruction, opened: bool) -> Reconstruction:
     if opened and text.startswith(THINK_OPEN):
         text = text.removeprefix(THINK_OPEN).removeprefix("\n")
     elif not opened and THINK_CLOSE in text and not text.lstrip().startswith(THINK_OPEN):
-        text = f"{THINK_OPEN}\n{text}"
+        text = OPENED + text
     moved = len(text) - len(row.response)
 
     def span(old: Span | None) -> Span | None:

@@ -5,21 +5,18 @@ Legend: B rows, V vocabulary, t response tokens so far, M = alpha * N_think the 
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import TopPLogitsWarper
 
 from neureasoner.errors import UserError
 from neureasoner.inference.baselines.decoder import Decoder, DecoderWatch
 from neureasoner.inference.decode import Generation
 from neureasoner.inference.plan import Action, Plan, Rule, Trigger
 from neureasoner.inference.rows import RowState
-from neureasoner.inference.steered import Prompt
 from neureasoner.traces import THINK_CLOSE
 
 
@@ -29,23 +26,6 @@ def mean_thinking(vanilla: Iterable[Generation]) -> float:
     if not lengths:
         raise UserError("alpha_one: N_think needs at least one vanilla run")
     return float(np.mean(lengths))
-
-
-def about_to_draw(scores: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """The tokens that ``generate`` is about to draw from ``scores`` [B, V] -> [B]. The random state stays as it is.
-
-    The same operations in the same order as ``generate`` on its own settings (``neureasoner.sampling``). A row's draw
-    does not depend on the other rows' scores, so a row may be forced and the others draw what is said here.
-    """
-    if not temperature:
-        return scores.argmax(-1)
-    if temperature != 1.0:
-        scores = scores / temperature
-    if top_p < 1.0:
-        ids = torch.empty((0,), dtype=torch.long)
-        scores = TopPLogitsWarper(top_p)(ids, scores)  # type: ignore[arg-type]
-    with torch.random.fork_rng([scores.device] if scores.device.type == "cuda" else []):
-        return torch.multinomial(torch.softmax(scores, -1), 1)[:, 0]
 
 
 class AlphaWatch(DecoderWatch):
@@ -68,7 +48,7 @@ class AlphaWatch(DecoderWatch):
         """The fast phase: where the word is about to be drawn, ``</think>`` is put in its place. scores [B, V]."""
         late = [(i, row) for i, row in self.open_rows() if len(row.tokens) >= self.decoder.moment]
         if late:
-            drawn = about_to_draw(scores, *self.decoder.sampling).tolist()
+            drawn = self.sampler.peek(scores).tolist()
             for i, row in late:
                 if self._completes(row, drawn[i]):
                     self.force(row, self.decoder.plan.rule("fast"))
@@ -85,24 +65,16 @@ class AlphaWatch(DecoderWatch):
 
 
 class AlphaOne(Decoder):
-    """See ``alpha_one``. ``sampling``: temperature and top-p of the call."""
+    """See ``alpha_one``."""
 
     kind = AlphaWatch
 
     def __init__(self, model: Any, tokenizer: Any, moment: float, word: str, close: str):
-        self.moment, self.word, self.sampling = moment, word, (0.0, 1.0)
+        self.moment, self.word = moment, word
         self.pattern = re.compile(rb"(?<![A-Za-z])" + re.escape(word.encode()) + rb"(?![A-Za-z])")
         slow = Rule("slow", Trigger(random=1.0, max=None), Action(force=word))
         fast = Rule("fast", Trigger(oracle="word", immediate=True), Action(force=close))
         super().__init__(model, tokenizer, Plan("alpha_one", (slow, fast)))
-
-    def generate(
-        self, prompts: Sequence[Prompt], *, temperature: float = 0.6, top_p: float = 0.95, **settings: Any
-    ) -> list[Generation]:
-        """As in ``SteeredModel``."""
-        call = copy.copy(self)  # two generations share no state
-        call.sampling = temperature, top_p
-        return super(AlphaOne, call).generate(prompts, temperature=temperature, top_p=top_p, **settings)
 
 
 def alpha_one(

@@ -5,13 +5,15 @@ Legend: B rows of the generation, N branches, P columns of the cache, S tokens r
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+
+from neureasoner.caches import branched, select
+from neureasoner.forward import next_logits
 
 Same = Callable[[str, str], bool]
 
@@ -24,17 +26,15 @@ class Branch:
     """
 
     def __init__(self, model: Any, cache: Any, mask: torch.Tensor, rows: Sequence[int]):
-        self.model, self.mask = model, mask
-        # Layers are copied as objects and then select rows, which makes new tensors of these rows alone.
-        self.cache = copy.copy(cache)
-        self.cache.layers = [copy.copy(layer) for layer in cache.layers]
-        self.select(rows)
+        self.model = model
+        index = torch.tensor(list(rows), device=mask.device)
+        self.cache, self.mask = branched(cache, index), mask[index]
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these branches, in this order; one may occur several times."""
         index = torch.tensor(list(rows), device=self.mask.device)
         self.mask = self.mask[index]
-        self.cache.batch_select_indices(index)
+        select(self.cache, index)
 
     @torch.no_grad()
     def read(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -42,15 +42,7 @@ class Branch:
         given = torch.tensor(ids, device=self.mask.device)
         self.mask = torch.cat([self.mask, self.mask.new_ones(given.shape)], dim=1)
         places = (self.mask.long().cumsum(-1) - 1)[:, -given.shape[1] :]
-        out = self.model(
-            input_ids=given,
-            attention_mask=self.mask,
-            position_ids=places,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return torch.log_softmax(out.logits[:, -1].float(), -1)
+        return torch.log_softmax(next_logits(self.model, given, self.mask, places, self.cache), -1)
 
 
 @dataclass(frozen=True)

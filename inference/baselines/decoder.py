@@ -6,18 +6,18 @@ when they are forced is the matter of its ``DecoderWatch`` (``_start``, ``_act``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from neureasoner.directions import Direction
 from neureasoner.errors import UserError
-from neureasoner.inference.controller import Controller, Oracle, Watch
+from neureasoner.inference.controller import Controller, Oracle
 from neureasoner.inference.plan import Plan
 from neureasoner.inference.rows import RowState
-from neureasoner.inference.rules import Rule
 from neureasoner.inference.steered import SteeredModel, unknown_oracles
 from neureasoner.inference.steering import SteeringRun
+from neureasoner.inference.watch import Watch
+from neureasoner.sampler import Run
 
 
 class DecoderWatch(Watch):
@@ -26,19 +26,15 @@ class DecoderWatch(Watch):
     def __init__(self, controller: DecoderController, rows: list[RowState], eos: set[int], run: SteeringRun | None):
         super().__init__(controller, rows, eos, run)
         self.decoder: Any = controller.decoder
+        self.sampler: Run
 
-    def listening(self, prompt_ids: Sequence[Sequence[int]]) -> AbstractContextManager[Any]:
-        """Hooks of its own, for the time of the generation."""
-        return nullcontext()
+    def begin(self, run: Run) -> None:
+        """Keep the run: baselines look at its cache and at what it is about to draw."""
+        self.sampler = run
 
     def open_rows(self) -> list[tuple[int, RowState]]:
         """Place and state of the rows still inside their thinking, nothing queued."""
         return [(i, r) for i, r in enumerate(self.rows) if not r.done and not r.queue and r.thinking]
-
-    def force(self, row: RowState, rule: Rule, score: float = 1.0, threshold: float = 0.0) -> None:
-        """Queue a rule's text and log it."""
-        row.log(rule, score, threshold, suppressed=False)
-        row.fire(rule, self.controller.forced_ids[rule.name])
 
 
 class DecoderController(Controller):
@@ -51,14 +47,6 @@ class DecoderController(Controller):
 
     def _watch(self, rows: list[RowState], eos: set[int], run: SteeringRun | None) -> Watch:
         return self.decoder.kind(self, rows, eos, run)
-
-    @contextmanager
-    def watch(self, prompt_ids: Sequence[Sequence[int]], **how: Any) -> Iterator[Watch]:
-        """As in ``Controller``, with the hooks of the decoder's own."""
-        with super().watch(prompt_ids, **how) as watch:
-            assert isinstance(watch, DecoderWatch)
-            with watch.listening(prompt_ids):
-                yield watch
 
 
 class Decoder(SteeredModel):

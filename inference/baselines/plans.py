@@ -25,7 +25,8 @@ def vanilla(model: Any, tokenizer: Any) -> SteeredModel:
 
 
 def start_rule(share: float = 1.0) -> Rule:
-    """NoThinking's closed thinking, forced before the first token, so that it is counted (core.md §5.9).
+    """NoThinking's closed thinking, forced before the first token, so that it is counted (core.md §5.9). Where the
+    prompt opens none, ``<think>`` is forced before it; where it has closed one, nothing is.
 
     ``share``: of the responses, drawn by a coin.
     """

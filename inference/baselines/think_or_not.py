@@ -7,8 +7,7 @@ copied, the thinking is closed there, a stub asks for the answer, and the copy i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,8 @@ from neureasoner.inference.baselines.decoder import Decoder, DecoderWatch
 from neureasoner.inference.plan import Action, Plan, Rule, Trigger
 from neureasoner.inference.rows import RowState
 from neureasoner.steps import Separators
-from neureasoner.traces import THINK_CLOSE
+from neureasoner.thinking import UNOPENED
+from neureasoner.traces import OPENED, THINK_CLOSE
 
 MAX_ENTROPY = 1 / (math.e * math.log(2))  # the largest log2(n) / n over real n: 0.53074
 MIN_MASS = 0.5  # of the only candidate: its entropy is 0 whatever its probability
@@ -43,35 +43,18 @@ def plainly_same(a: str, b: str) -> bool:
 
 
 class ThinkOrNotWatch(DecoderWatch):
-    """``since[i]``: response tokens of row i at its last probe. ``pads``: columns of padding before each prompt."""
+    """``since[i]``: response tokens of row i at its last probe."""
 
     narrows = False  # probes copy rows of the cache by their place in the batch
 
     def __init__(self, *given: Any):
         super().__init__(*given)
         self.since = [0] * len(self.rows)
-        self.pads: list[int] = []
-        self.width = 0
-        self.cache: Any = None
-
-    @contextmanager
-    def listening(self, prompt_ids: Sequence[Sequence[int]]) -> Iterator[None]:
-        """Look over the model's shoulder for the cache that ``generate`` gives it."""
-        self.width = max(map(len, prompt_ids))
-        self.pads = [self.width - len(ids) for ids in prompt_ids]
-
-        def keep(_: Any, __: Any, given: dict[str, Any]) -> None:
-            self.cache = given["past_key_values"]
-
-        handle = self.controller.model.register_forward_pre_hook(keep, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def _start(self) -> None:
         """The first probe, before any thinking."""
-        self._probe(self.open_rows())
+        for unopened in (False, True):
+            self._probe([(i, row) for i, row in self.open_rows() if (row.begins == UNOPENED) is unopened], unopened)
 
     def _act(self) -> None:
         """Probe the rows that have just closed a long enough chunk."""
@@ -82,18 +65,13 @@ class ThinkOrNotWatch(DecoderWatch):
         chunk = b"".join(texts[t] for t in row.tokens[self.since[i] :] if t < len(texts))
         return len(chunk.decode("utf-8", errors="replace").strip()) >= self.decoder.min_chars
 
-    def _probe(self, due: list[tuple[int, RowState]]) -> None:
-        """Ask these rows for their answer; close the thinking of those that are sure."""
+    def _probe(self, due: list[tuple[int, RowState]], unopened: bool = False) -> None:
+        """Ask these rows for their answer; close the thinking of those that are sure. ``unopened``: open it first."""
         if not due:
             return
-        mask = torch.ones(
-            len(self.rows), self.width + self.length, dtype=torch.long, device=self.controller.model.device
-        )
-        for pad, columns in zip(self.pads, mask, strict=True):
-            columns[:pad] = 0
-        branch = Branch(self.controller.model, self.cache, mask, [i for i, _ in due])
-        said, read = self.decoder.ask(branch, self.eos)
-        self._count.clear()  # recorded sites were passed through by the probe; the next token's reading starts anew
+        run = self.sampler
+        branch = Branch(self.controller.model, run.cache, run.mask[:, : run.length], [i for i, _ in due])
+        said, read = self.decoder.ask(branch, self.eos, unopened)
         rule = self.decoder.plan.rule("sure")
         for (i, row), p, tokens in zip(due, said, read.tolist(), strict=True):
             self.since[i] = len(row.tokens)
@@ -116,7 +94,9 @@ class ThinkOrNot(Decoder):
         super().__init__(
             model, tokenizer, Plan("think_or_not", (Rule("sure", Trigger(oracle="sure"), Action(force=CLOSE)),))
         )
-        self.stub_ids = Action(force=CLOSE + stub).ids(tokenizer)
+        self.stub_ids, self.opened_stub_ids = (
+            Action(force=opened + CLOSE + stub).ids(tokenizer) for opened in ("", OPENED)
+        )
         self.separators = Separators.of(tokenizer)
         texts = [t.decode("utf-8", errors="replace").strip() for t in self.separators.texts]
         self.letters = [[i for i, text in enumerate(texts) if text == letter] for letter in options]
@@ -124,17 +104,16 @@ class ThinkOrNot(Decoder):
             if not ids:
                 raise UserError(f"think_or_not: option {letter!r} is no single token of this tokenizer")
 
-    def ask(self, branch: Branch, eos: set[int]) -> tuple[list[list[float]], np.ndarray]:
+    def ask(self, branch: Branch, eos: set[int], unopened: bool = False) -> tuple[list[list[float]], np.ndarray]:
         """Probabilities of each branch's candidate answers, and the tokens read for them, [N]."""
+        stub = self.opened_stub_ids if unopened else self.stub_ids
         if self.options:
-            p = branch.read([self.stub_ids] * branch.mask.shape[0]).exp()
+            p = branch.read([stub] * branch.mask.shape[0]).exp()
             letters = torch.stack([p[:, ids].sum(-1) for ids in self.letters], 1)
-            return letters.tolist(), np.full(len(letters), len(self.stub_ids))
-        known = eos | set(self.tokenizer.all_special_ids) | {self.separators.think_close}
-        answers, read = boxed_answers(
-            branch, self.stub_ids, self.separators.texts, {i for i in known if i is not None}, self.same
-        )
-        return [[p for _, p in row] for row in answers], read
+            return letters.tolist(), np.full(len(letters), len(stub))
+        barred = eos | set(self.tokenizer.all_special_ids) | self.separators.closing
+        answers, read = boxed_answers(branch, stub, self.separators.texts, barred, self.same)
+        return [[p for answer, p in row if THINK_CLOSE not in answer] for row in answers], read
 
 
 def think_or_not(

@@ -20,8 +20,11 @@ import numpy as np
 import torch
 
 from neureasoner.errors import UserError
+from neureasoner.forward import read
+from neureasoner.models import input_device
 from neureasoner.probes.attribution.rcn_config import RcnConfig
 from neureasoner.probes.detectors.metrics import bootstrap_draws
+from neureasoner.prompts import encode_prompt
 from neureasoner.sites import Layout, read_sites
 from neureasoner.traces import Trace
 
@@ -54,7 +57,7 @@ def encode(trace: Trace, tokenizer: Any, config: RcnConfig) -> Row:
         if not prompt:
             raise UserError(f"trace '{trace.id}' has no prompt tokens; sample it again, or set retokenise")
     ids = [*prompt, *response]
-    ended = trace.finished and bool(response) and response[-1] in tokenizer.all_special_ids
+    ended = trace.finished and not config.retokenise and bool(response)  # its last id is the one that ended it
     return ids, max(1, len(prompt) if config.span == "response" else 1), len(ids) - ended
 
 
@@ -63,9 +66,7 @@ def _prompt_ids(tokenizer: Any, question: str, template: bool) -> list[int]:
         return list(tokenizer(f"Question: {question}\nThinking process:\n")["input_ids"])
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("this model's tokenizer has no chat template; set template to false for plain text")
-    message = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return encode_prompt(tokenizer, question)
 
 
 def span_means(model: Any, rows: Sequence[Row], batch_size: int) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
@@ -73,7 +74,7 @@ def span_means(model: Any, rows: Sequence[Row], batch_size: int) -> Iterator[tup
 
     Teacher forcing, padded on the right, rows of like length together. Raises UserError if a block does not fire.
     """
-    layout, device = Layout.of(model), next(model.parameters()).device
+    layout, device = Layout.of(model), input_device(model)
     sites = {f"neuron:{layer}": layer for layer in range(layout.n_layers)}
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     for start in range(0, len(order), batch_size):
@@ -92,7 +93,7 @@ def span_means(model: Any, rows: Sequence[Row], batch_size: int) -> Iterator[tup
             got[sites[name]] = _moments(value, weight)
 
         with torch.inference_mode(), read_sites(model, sites, reduce):
-            model.model(input_ids=ids.to(device), use_cache=False)  # causal: what is right of a row cannot reach it
+            read(model, ids.to(device))  # causal: what is right of a row cannot reach it
         if len(got) != layout.n_layers:
             missing = sorted(set(sites.values()) - set(got))
             raise UserError(f"site 'neuron:{missing[0]}' did not fire; the model skips it, so it cannot be read")

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from neureasoner.errors import UserError
-from neureasoner.sites import Layout
+from neureasoner.forward import read
+from neureasoner.sites import Layout, own
 
 Scores = tuple[torch.Tensor, torch.Tensor]  # (neurons [n, F], heads [n, H]) of one block
 
@@ -60,15 +61,15 @@ def direct_sweep(model: Any, ids: Sequence[int], targets: Sequence[int], layers:
     for layer in layers:
         block: Any = layout.layers[layer]
         writers[layer] = block.mlp.down_proj, block.self_attn.o_proj
-    handles = [norm.register_forward_pre_hook(keep("h", -1))]
+    handles = [norm.register_forward_pre_hook(own(keep("h", -1)))]
     try:
         for layer, (down, out) in writers.items():
             handles += [
-                down.register_forward_pre_hook(keep("a", layer)),
-                out.register_forward_pre_hook(keep("z", layer)),
+                down.register_forward_pre_hook(own(keep("a", layer))),
+                out.register_forward_pre_hook(own(keep("z", layer))),
             ]
         with torch.inference_mode():
-            model.model(input_ids=tokens[None], use_cache=False)
+            read(model, tokens[None])
             last = got["h", -1]
             frozen = norm.weight.to(dtype) * torch.rsqrt(last.square().mean(-1, keepdim=True) + norm.variance_epsilon)
             reader = frozen * head.weight[tokens[at + 1]].to(dtype)  # s_f * w_y, [n, D]

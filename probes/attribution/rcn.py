@@ -93,10 +93,10 @@ class Rcn:
 
     def check(self, model: Any) -> None:
         """Raises UserError unless ``model`` holds the weights these neurons were found on."""
-        from neureasoner.models import fingerprint
+        from neureasoner.models import fingerprint, known_as
 
         found = fingerprint(model)
-        if found != self.fingerprint:
+        if self.fingerprint not in known_as(found):
             raise UserError(
                 f"the neurons were found on model '{self.model}' ({self.fingerprint}), this one is {found}; "
                 "run probes rcn on this model"

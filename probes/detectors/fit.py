@@ -166,13 +166,13 @@ def fit_level(level: Level, out: Path, channels: str, random: str) -> dict[str, 
 def read_neurons(path: str, model: Any, name: str, split: dict[str, str]) -> dict[str, Any]:
     """The ``neurons.json`` of ``probes locate``. Raises UserError unless it was made on this model (called ``name``),
     and on no problem that ``split`` holds out."""
-    from neureasoner.models import fingerprint
+    from neureasoner.models import fingerprint, known_as
 
     neurons = read_json(path)
     if neurons.get("kind") != "neurons" or not neurons.get("levels"):
         raise UserError(f"{path}: not a neurons.json of probes locate; run probes locate first")
     found = fingerprint(model)
-    if neurons["fingerprint"] != found:
+    if neurons["fingerprint"] not in known_as(found):
         raise UserError(
             f"{path}: selected on model '{neurons['model']}' ({neurons['fingerprint']}), not on "
             f"'{name}' ({found}); run probes locate on this model"

@@ -20,6 +20,8 @@ from torch import nn
 from neureasoner import __version__
 from neureasoner.artifacts import file_fingerprint, read_json, read_tensors, write_json, write_tensors
 from neureasoner.errors import UserError
+from neureasoner.forward import read
+from neureasoner.models import input_device
 from neureasoner.probes.attribution.contrast import span_means
 from neureasoner.probes.detectors.metrics import auroc
 from neureasoner.probes.detectors.probe import git_revision
@@ -88,7 +90,7 @@ def read_channels(
 
     with torch.inference_mode(), read_sites(model, list(sites), keep):
         position = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        model.model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False)
+        read(model, ids, mask, position)
     if sites:
         raise UserError(f"site '{next(iter(sites))}' did not fire; the model skips it, so the gate cannot read it")
     return torch.where(counts[..., None], values, 0.0), counts
@@ -96,7 +98,7 @@ def read_channels(
 
 def question_values(model: Any, channels: np.ndarray, prompts: Sequence[Prompt], batch_size: int) -> list[np.ndarray]:
     """Values of the channels over each prompt's tokens: a list of ``[T, d]`` float32, in order."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     out: dict[int, np.ndarray] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
@@ -281,10 +283,10 @@ class FailureGate:
 
     def check(self, model: Any) -> None:
         """Raises UserError unless ``model`` holds the weights this gate was fitted on."""
-        from neureasoner.models import fingerprint
+        from neureasoner.models import fingerprint, known_as
 
         found = fingerprint(model)
-        if found != self.model_fingerprint:
+        if self.model_fingerprint not in known_as(found):
             raise UserError(
                 f"the gate was fitted on model '{self.model}' ({self.model_fingerprint}), this one is {found}; "
                 "run probes gate on this model"

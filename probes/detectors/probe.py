@@ -194,12 +194,12 @@ class Probe:
 
     def check(self, model: Any) -> None:
         """Raises UserError unless ``model`` holds the weights this probe was fitted on and gives it its features."""
-        from neureasoner.models import fingerprint
+        from neureasoner.models import fingerprint, known_as
         from neureasoner.sites import Layout
 
         layout = Layout.of(model)
         found = fingerprint(model)
-        if found != self.model_fingerprint:
+        if self.model_fingerprint not in known_as(found):
             raise UserError(
                 f"the {self.features.level} probe was fitted on model '{self.model}' ({self.model_fingerprint}), "
                 f"this one is {found}; run probes locate and probes fit on this model"

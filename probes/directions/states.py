@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from neureasoner.errors import UserError
+from neureasoner.forward import read
 from neureasoner.probes.attribution.contrast import encode
 from neureasoner.probes.attribution.rcn_config import RcnConfig
 from neureasoner.probes.directions.config import CONTRASTS, DirectionsConfig
@@ -24,6 +25,7 @@ from neureasoner.probes.directions.estimators import Example
 from neureasoner.probes.labels import labels_of
 from neureasoner.sites import LAYERED, Layout, Site, edit_site, read_sites
 from neureasoner.steps import Separators, segment
+from neureasoner.thinking import opens_thinking
 from neureasoner.traces import Trace
 
 CHUNK = 1 << 23  # values in float64 at once
@@ -96,7 +98,9 @@ def _boundaries(trace: Trace, ids: list[int], begin: int, tokenizer: Any, config
     """The last token of each step that another follows; positive where that one is execution."""
     response = ids[begin:]
     text, _ = Separators.of(tokenizer).offsets(response)
-    steps, _ = segment(response, tokenizer)
+    # a finished trace ends with whatever token it is that its model ends with; read as text again, with none
+    ends = response[-1:] if trace.finished and not config.retokenise else ()
+    steps, _ = segment(response, tokenizer, ends, opens_thinking(ids[:begin], tokenizer))
     at, sides = [], []
     for one, following in pairwise(steps):
         at.append(begin + one.token_end - 1)
@@ -174,7 +178,7 @@ def _read_batch(model: Any, batch: Sequence[States], sites: Sequence[str]) -> di
         stack.enter_context(read_sites(model, [s for s in parsed if s.kind != "head"], take))
         for site in (s for s in parsed if s.kind == "head"):
             stack.enter_context(edit_site(model, site, head(site)))
-        model.model(input_ids=ids, use_cache=False)  # causal: what is right of a row cannot reach it
+        read(model, ids)  # causal: what is right of a row cannot reach it
     missing = [s for s in sites if s not in got]
     if missing:
         raise UserError(f"site '{missing[0]}' did not fire; the model skips it, so it cannot be read")

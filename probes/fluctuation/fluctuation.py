@@ -243,13 +243,13 @@ def usable(matches: Sequence[Match], seen: set[str], config: FluctuationConfig) 
 
 
 def _neurons(config: FluctuationConfig, model: Any) -> dict[str, Any]:
-    from neureasoner.models import fingerprint
+    from neureasoner.models import fingerprint, known_as
 
     neurons = read_json(config.neurons)
     if neurons.get("kind") != "neurons" or not neurons.get("levels"):
         raise UserError(f"{config.neurons}: not a neurons.json of probes locate; run probes locate first")
     found = fingerprint(model)
-    if neurons["fingerprint"] != found:
+    if neurons["fingerprint"] not in known_as(found):
         raise UserError(
             f"{config.neurons}: selected on model '{neurons['model']}' ({neurons['fingerprint']}), not on "
             f"'{config.model}' ({found}); run probes locate on this model"

@@ -17,8 +17,9 @@ import torch
 
 from neureasoner.artifacts import fingerprint
 from neureasoner.errors import UserError
+from neureasoner.forward import read
 from neureasoner.models import fingerprint as model_fingerprint
-from neureasoner.models import tokenizer_fingerprint
+from neureasoner.models import input_device, tokenizer_fingerprint
 from neureasoner.probes.recording.store import SeriesStore
 from neureasoner.sites import Layout, Site, read_sites
 from neureasoner.traces import Trace
@@ -47,7 +48,7 @@ def _forward(
 ) -> list[dict[str, np.ndarray]]:
     """One padded pass over ``(prompt ids, response ids)`` pairs."""
     rows = [[*p, *r] for p, r in batch]
-    width, device = max(map(len, rows)), next(model.parameters()).device
+    width, device = max(map(len, rows)), input_device(model)
     gaps = [width - len(r) if padding == "left" else 0 for r in rows]
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -56,12 +57,8 @@ def _forward(
         mask[i, gap : gap + len(row)] = 1
     got: dict[str, list[torch.Tensor]] = {s: [] for s in sites if s != "logits"}
     with torch.inference_mode(), read_sites(model, got, lambda name, value: got[name].append(value)) as layout:
-        hidden = model.model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
-            use_cache=False,
-        ).last_hidden_state
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        hidden = read(model, ids.to(device), mask.to(device), positions.to(device))
         for name, values in got.items():
             if [v.shape[:2] for v in values] != [ids.shape]:
                 raise UserError(
@@ -101,7 +98,7 @@ def _check(trace: Trace, tokenizer: Any, vocabulary: int) -> None:
             f"trace '{trace.id}' holds token {wrong}, the model knows 0 to {vocabulary - 1}; "
             "name the model the trace was sampled from"
         )
-    # as build_trace and Separators decode
+    # as read_response and Separators decode
     text = tokenizer.decode(trace.response_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if text != trace.response:
         pairs = zip(text, trace.response, strict=False)

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from neureasoner.artifacts import SCHEMA, fingerprint, read_json, write_json, write_tensors
 from neureasoner.errors import UserError
+from neureasoner.fingerprints import known_as
 from neureasoner.sites import Site
 
 INDEX, LOCK, SHARD = "index.json", ".lock", "[0-9]*.safetensors"
@@ -107,7 +108,7 @@ class SeriesStore:
                 left.unlink()
         store = cls(folder)
         for key, value in asked.items():
-            if getattr(store, key) != value:
+            if getattr(store, key) not in (known_as(str(value)) if key == "model_fingerprint" else (value,)):
                 what = key.replace("_", " ")
                 raise UserError(
                     f"{folder}: was recorded with {what} {_short(getattr(store, key))}, not {_short(value)}; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,8 +11,10 @@ from neureasoner.data_builders.config import JudgeConfig, ProblemsConfig, Rollou
 from neureasoner.data_builders.judges import ExactJudge, find_loop
 from neureasoner.data_builders.judging import judge_traces
 from neureasoner.data_builders.problem_file import build_problems, make_problems
-from neureasoner.data_builders.rollouts import build_trace, sample_rollouts
+from neureasoner.data_builders.rollouts import sample_rollouts
 from neureasoner.errors import UserError
+from neureasoner.responses import read_response
+from neureasoner.sampler import Drawn
 from neureasoner.traces import Problem, read_problems, read_traces, write_rows
 
 QUESTION = "Use 3, 4 and 8, each exactly once, with + - * / to reach 20."
@@ -27,7 +30,7 @@ HIT = "Try 8 * 3 = 24, 24 - 4 = 20. That is 20."
 def trace(tokenizer, paragraphs: list[str], answer: str = "Done. \\boxed{8 * 3 - 4}"):
     text = "\n\n".join(paragraphs) + "\n</think>\n\n" + answer
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    return build_trace(tokenizer, PROBLEM, "c-1#0", [1], ids)
+    return read_response(tokenizer, [1], ids, [tokenizer.eos_token_id]).to_trace("c-1#0", PROBLEM)
 
 
 def test_three_revisits_are_a_loop_and_two_are_not(tiny_tokenizer) -> None:
@@ -117,7 +120,7 @@ def test_promise_9_rollouts_resume_without_sampling_twice(
 
     from neureasoner.data_builders import rollouts
 
-    real, calls = rollouts.sample_batch, []
+    real, calls = rollouts._sample_part, []
 
     def killed(*args, **kwargs):
         calls.append(1)
@@ -125,7 +128,7 @@ def test_promise_9_rollouts_resume_without_sampling_twice(
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(rollouts, "sample_batch", killed)
+    monkeypatch.setattr(rollouts, "_sample_part", killed)
     cut = RolloutsConfig(out=str(tmp_path / "cut"), **settings)
     with pytest.raises(KeyboardInterrupt):
         sample_rollouts(cut)
@@ -163,7 +166,8 @@ def test_problems_of_any_other_family_are_answered_too(tmp_path: Path, make_mode
     tiny_tokenizer.save_pretrained(tmp_path / "m")
     write_rows(tmp_path / "p.jsonl", [Problem(str(n), "gsm8k", 1, "How many?", str(n)) for n in (7, 8)])
     said = [*tiny_tokenizer("</think>\n\nSeven.\n#### 7").input_ids, tiny_tokenizer.eos_token_id]
-    monkeypatch.setattr("neureasoner.data_builders.rollouts.sample_batch", lambda *args: [said, said])
+    drawn = SimpleNamespace(rows=[Drawn(said, True), Drawn(said, True)])
+    monkeypatch.setattr("neureasoner.sampler.sample", lambda *args, **how: drawn)
     config = RolloutsConfig(model=str(tmp_path / "m"), problems=str(tmp_path / "p.jsonl"), out=str(tmp_path / "r"))
     assert sample_rollouts(config) == {"n": 2, "accuracy": 0.5}
 

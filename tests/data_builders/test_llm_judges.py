@@ -23,9 +23,9 @@ from neureasoner.data_builders.llm_judges import (
     loop_end,
     prompts_hash,
 )
-from neureasoner.data_builders.rollouts import build_trace
 from neureasoner.data_builders.schemas import ERROR_TYPES, LOOP_THEMES, SEVERITIES, InterAnswer, IntraAnswer
 from neureasoner.errors import UserError
+from neureasoner.responses import read_response
 from neureasoner.traces import IntraLabel, Problem, Trace, trace_from_dict
 
 SETTINGS = CallSettings("judge-model", {"temperature": 0.0})
@@ -52,7 +52,7 @@ def make(tiny_tokenizer):
     def build(paragraphs: list[str], answer: str = "Done. \\boxed{8 * 3 - 4}", name: str = "t") -> Trace:
         text = "\n\n".join(paragraphs) + "\n</think>\n\n" + answer
         ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"] + [tiny_tokenizer.eos_token_id]
-        return build_trace(tiny_tokenizer, PROBLEM, name, [1], ids)
+        return read_response(tiny_tokenizer, [1], ids, [tiny_tokenizer.eos_token_id]).to_trace(name, PROBLEM)
 
     return build
 

@@ -66,14 +66,14 @@ def test_going_back_in_the_cache_equals_reading_the_prefix_again(work):
     problems = list(read_problems(work / "problems.jsonl"))[:3]
     encode = lambda q: tokenizer(q, add_special_tokens=False)["input_ids"]  # noqa: E731
     rows = [Row(p, p.id, encode(p.question) + encode("\n")) for p in problems]
-    new, cache, pads = writer.write(rows, 3, seed=1)
-    assert len({len(n) for n in new}) > 1 and max(pads) > 0  # rows of different lengths, and padding
+    new, run = writer.write(rows, 3, seed=1)
+    assert len({len(n) for n in new}) > 1 and int(run.pads.max()) > 0  # rows of different lengths, and padding
     for i, row in enumerate(rows):
         begin = len(new[i]) // 2
         prefix = Row(row.problem, row.name, row.prompt, new[i][:begin])
-        kept = writer.back(cache, i, pads[i], len(row.prompt) + begin - 1, 2)
-        rewound, _, _ = writer.write([prefix] * 2, 2, 7, kept)
-        read_again, _, _ = writer.write([prefix] * 2, 2, 7, None)
+        kept = writer.back(run, i, len(row.prompt) + begin - 1, 2)
+        rewound, _ = writer.write([prefix] * 2, 2, 7, kept)
+        read_again, _ = writer.write([prefix] * 2, 2, 7, None)
         assert rewound == read_again and rewound[0]
 
 

@@ -22,7 +22,7 @@ from neureasoner.data_builders.quotes import (
     step_tokens,
     token_span,
 )
-from neureasoner.data_builders.rollouts import build_trace
+from neureasoner.responses import read_response
 from neureasoner.steps import Separators
 from neureasoner.traces import Problem
 
@@ -178,7 +178,7 @@ def test_a_megabyte_is_searched_in_bounded_time(kind: str) -> None:
 def test_from_characters_to_tokens_and_steps(tiny_tokenizer) -> None:
     text = "First, 12 + 30 = 42.\n\nThat is wrong.\n\nSo 7.\n</think>\n\nThe answer is \\boxed{7}."
     ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"] + [tiny_tokenizer.eos_token_id]
-    trace = build_trace(tiny_tokenizer, Problem("p", "words", 1, "?", "7"), "t", [1], ids)
+    trace = read_response(tiny_tokenizer, [1], ids, []).to_trace("t", Problem("p", "words", 1, "?", "7"))
     place = find_quote("That is wrong", trace.response)
     assert place is not None and step_of(trace, place.span) == 1
     offsets = Separators.of(tiny_tokenizer).offsets(ids)[1]

@@ -75,8 +75,9 @@ def test_text_is_that_of_the_steered_model(lm: Any, checkpoint: Path) -> None:
 
 @needs_harness
 def test_stop_texts_count_after_the_thinking_only(lm: Any) -> None:
-    def answer(text: str, prompt: str, stops: list[str]) -> str:
-        generation = SimpleNamespace(text=text, prompt_ids=lm.tok_encode(prompt))
+    def answer(text: str, prompt: str, stops: list[str], finished: bool = True) -> str:
+        ids = lm.tok_encode(text)
+        generation = SimpleNamespace(text=text, prompt_ids=lm.tok_encode(prompt), response_ids=ids, finished=finished)
         return str(lm._answer(generation, stops))
 
     assert answer("One.\n\nTwo.\n</think>\n\nIt is 5.\n\nQ: next", "<think>\n", ["\n\n"]) == "It is 5."
@@ -85,6 +86,25 @@ def test_stop_texts_count_after_the_thinking_only(lm: Any) -> None:
     assert answer("<think>\nOne.", "A:", []) == ""
     assert answer(" 5\nQ: next", "A:", ["Q:", "\n"]) == " 5"  # no thought at all: a base model, a plain prompt
     assert answer(" 5<|im_end|>", "A:", []) == " 5"
+    assert answer("It is </think>, I think.<|im_end|>", "<think>\n\n</think>\n\n", []) == "It is </think>, I think."
+    assert answer("One.\n</think>\n\nThe tag </think> ends it.", "What is </think>?<think>\n", []) == (
+        "The tag </think> ends it."
+    )
+    assert answer("No tag such as <think> here.", "What does </think> mean?\nA:", []) == "No tag such as <think> here."
+
+
+@needs_harness
+@pytest.mark.parametrize("end", ["<|pad|>", "<|im_end|>"])
+def test_every_end_of_the_models_list_is_cut_off_at_the_end_alone(lm: Any, end: str, monkeypatch: Any) -> None:
+    listed = lm.tokenizer.convert_tokens_to_ids(["<|pad|>", "<|im_end|>"])
+    monkeypatch.setattr(lm.model.model.generation_config, "eos_token_id", listed)
+    prompt = lm.tok_encode("<think>\nOkay.\n</think>\n\n")
+    text = f"Write {end} to end it.{end}"
+    ids = lm.tok_encode(text)
+    assert lm.tokenizer.decode(ids) == text and ids[-1] in listed
+    for finished, expected in ((True, text.removesuffix(end)), (False, text)):
+        generation = SimpleNamespace(text=text, prompt_ids=prompt, response_ids=ids, finished=finished)
+        assert lm._answer(generation, []) == expected
 
 
 @needs_harness

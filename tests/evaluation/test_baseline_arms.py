@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from neureasoner.artifacts import read_json
 from neureasoner.data_builders.grading.grade import same_answer
@@ -22,11 +25,12 @@ from neureasoner.evaluation.arms import (
 )
 from neureasoner.evaluation.config import EvaluateConfig
 from neureasoner.evaluation.evaluate import evaluate
+from neureasoner.evaluation.ready import check_thinking
 from neureasoner.evaluation.runner import judged
 from neureasoner.inference.baselines.decoder import Decoder
 from neureasoner.inference.plan import Plan
 from neureasoner.inference.steered import SteeredModel
-from neureasoner.models import load
+from neureasoner.models import load, load_tokenizer
 from neureasoner.traces import NO_THINKING, Problem, Trace, read_traces, write_rows
 
 BASELINES = [a.name for a in ARMS.values() if a.baseline]
@@ -211,6 +215,42 @@ def test_the_closed_thinking_of_the_prompt_is_counted(
     assert arm["tokens_mean"] == pytest.approx(sum(costs) / len(costs)) and arm["forced_mean"] == n
 
 
+TURNS = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+PLAIN = TURNS + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+OPENS, CLOSES = (PLAIN.replace("{% endif %}", t + "{% endif %}") for t in ("<think>\n", "<think>\n\n</think>\n\n"))
+
+
+@pytest.mark.parametrize(
+    ("template", "added"),
+    [
+        (PLAIN, "<think>\n" + NO_THINKING),
+        (OPENS, NO_THINKING),
+        (CLOSES, ""),
+        (None, "<think>\n" + NO_THINKING),
+    ],
+)
+def test_the_closed_thinking_fits_the_template_and_is_counted(
+    settings: Callable[..., EvaluateConfig], checkpoint: Path, tmp_path: Path, template: str | None, added: str
+) -> None:
+    tokenizer = load_tokenizer(str(checkpoint / "base"))
+    shutil.copytree(checkpoint / "base", tmp_path / "base")
+    tokenizer.chat_template = template
+    (tmp_path / "base" / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(tmp_path / "base")
+    file = tmp_path / "p" / "problems.jsonl"
+    write_rows(file, [Problem(f"b{i}", "gsm8k", 1, q, "1") for i, q in enumerate(("one?", "What does </think> mean?"))])
+    done = settings(model=str(tmp_path / "base"), problems=str(file), arms=["no_thinking"], show_examples=0)
+    evaluate(done)
+    n = len(tokenizer.encode(added, add_special_tokens=False)) if added else 0
+    [arm] = read_json(Path(done.out) / "results.json")["arms"]
+    assert arm["forced_mean"] == n
+    for t in read_traces(Path(done.out) / "traces" / "no_thinking.jsonl"):
+        prompt = tokenizer.decode(t.prompt_ids)
+        before = "\nAnswer:" if template is None else template.split("prompt %}")[1].removesuffix("{% endif %}")
+        assert prompt.endswith(before + added) and len(t.response_ids) <= 48 - n
+        assert t.meta.get("prefill", 0) == n and t.thinking_end == 0
+
+
 def test_an_unmarked_number_counts_unless_it_is_cut_off() -> None:
     said = "So 7.\n</think>\n\nThe answer is 4."
     assert judged(trace(response=said)).correct and judged(trace(response=said)).answer == "4"
@@ -218,14 +258,19 @@ def test_an_unmarked_number_counts_unless_it_is_cut_off() -> None:
     assert not cut.correct and cut.answer is None
 
 
-def test_a_model_without_thinking_is_refused(
-    settings: Callable[..., EvaluateConfig], monkeypatch: pytest.MonkeyPatch, checkpoint: Path
+def test_a_thinking_that_a_model_may_not_know_is_told_of(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from neureasoner.steps import Separators
-
-    class Nothing:
-        think_close = None
-
-    monkeypatch.setattr(Separators, "of", lambda tokenizer: Nothing())
-    with pytest.raises(UserError, match=r"no thinking to close; leave out think_or_not, alpha_one$"):
-        evaluate(settings(model=str(checkpoint / "base"), arms=["alpha_one", "wait_penalty", "think_or_not"]))
+    """A tag that has to be spelled: nothing but the template tells that the model was trained to think."""
+    backend = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
+    backend["added_tokens"] = [t for t in backend["added_tokens"] if "think" not in t["content"]]
+    spelling = type(tiny_tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), eos_token="<|im_end|>")
+    monkeypatch.setattr("neureasoner.models.load_tokenizer", lambda name: spelling)
+    arms = [ARMS["no_thinking"], ARMS["vanilla"]]
+    for template, told in ((PLAIN, True), (None, True), (CLOSES, False)):
+        spelling.chat_template = template
+        check_thinking("some/base", arms)
+        said = capsys.readouterr().out
+        assert ("some/base" in said and "no_thinking" in said and "vanilla" not in said) is told
+    check_thinking("some/base", arms[1:])
+    assert not capsys.readouterr().out

@@ -73,7 +73,7 @@ def test_arms_are_what_they_say(base: Path, runs: dict[str, str], make_model: Ca
 
 
 def test_first_tokens_are_the_likeliest(base: Path, make_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
-    from neureasoner.data_builders.encoding import prompt_text
+    from neureasoner.prompts import prompt_text
 
     problems = make_problems(["arithmetic", "words"], 5, "validation", 4)
     model = make_model()
@@ -98,16 +98,16 @@ def test_measure_counts_the_prefix_and_cuts_off(make_model: Callable[..., Any], 
 def test_the_prefix_begins_the_response(
     make_model: Callable[..., Any], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from neureasoner.data_builders.encoding import prompt_text
+    from neureasoner.prompts import prompt_text
+    from neureasoner.sampler import Drawn
     from neureasoner.training import policy_measure
-    from neureasoner.training.policy import Samples
 
     problem = Problem("s", "arithmetic", 1, "Calculate 3 + 4 * 2.", "11")
     seen: list[list[int]] = []
 
-    def fixed(model: Any, prompts: list[list[int]], **_: Any) -> Samples:
+    def fixed(model: Any, prompts: list[list[int]], *_: Any, **__: Any) -> list[Drawn]:
         seen.extend(prompts)
-        return Samples([tiny_tokenizer("{11}<|im_end|>").input_ids] * len(prompts), [], [True] * len(prompts))
+        return [Drawn(tiny_tokenizer("{11}<|im_end|>").input_ids, True) for _ in prompts]
 
     monkeypatch.setattr(policy_measure, "sample_all", fixed)
     begun = "</think> \\boxed"

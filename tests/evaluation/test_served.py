@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import pytest
 from neureasoner.artifacts import read_json, write_json
 from neureasoner.errors import UserError
 from neureasoner.evaluation.evaluate import evaluate
+from neureasoner.models import load_tokenizer
 from neureasoner.traces import Problem, read_traces, write_rows
 
 SERVER = Path(__file__).parents[1] / "data_builders" / "endpoint" / "server.py"
@@ -129,6 +131,27 @@ def test_no_thinking_is_handed_over_as_a_beginning(
     assert body["messages"][1]["content"].startswith("<think>\nOkay, I think I have finished")
     (trace,) = read_traces(tmp_path / "out" / "traces" / "no_thinking.jsonl")
     assert trace.steps == [] and trace.thinking_end == 0 and trace.labels and trace.labels.correct
+
+
+def test_a_template_that_closes_the_thinking_itself_is_left_to_do_so(
+    serve: Callable[..., str], settings: Callable[..., Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(checkpoint / "base", base)
+    tokenizer = load_tokenizer(str(base))
+    tokenizer.chat_template = tokenizer.chat_template.replace("<think>\n", "<think>\n\n</think>\n\n")
+    tokenizer.save_pretrained(base)
+    url = serve([["one"], "Two: </think>\n\n\\boxed{1}"])
+    file = problems(tmp_path / "b", [("one?", "1")])
+    for arm in ("no_thinking", "vanilla"):
+        out = tmp_path / arm
+        evaluate(
+            settings(model=str(base), problems=file, arms=[arm], endpoint={"model": "m", "base_url": url}, out=str(out))
+        )
+        (trace,) = read_traces(out / "traces" / f"{arm}.jsonl")
+        assert trace.steps == [] and trace.thinking_end == 0 and "prefill" not in trace.meta
+    for body in calls(tmp_path):
+        assert len(body["messages"]) == 1 and "continue_final_message" not in body
 
 
 def test_a_server_that_does_not_answer(serve: Callable[..., str], settings: Callable[..., Any], tmp_path: Path) -> None:

@@ -318,18 +318,14 @@ def test_what_cannot_run_is_said_before_anything_runs(
 def test_a_model_without_a_chat_template_gets_a_plain_prompt(tiny_tokenizer: Any, make_model: Any) -> None:
     import copy
 
-    from neureasoner.evaluation.runner import prompt_of
     from neureasoner.inference.plan import Plan
     from neureasoner.inference.steered import SteeredModel
 
     problem = Problem("b", "gsm8k", 1, "What is 2 + 2?", "4")
-    assert prompt_of(tiny_tokenizer, problem) is problem
     bare = copy.deepcopy(tiny_tokenizer)
     bare.chat_template = None
-    ids = prompt_of(bare, problem)
-    assert bare.decode(ids) == "What is 2 + 2?\nAnswer:"
-    (g,) = SteeredModel(make_model(), bare, Plan("none")).generate([ids], max_new_tokens=3, temperature=0)
-    assert g.prompt_ids == ids
+    (g,) = SteeredModel(make_model(), bare, Plan("none")).generate([problem], max_new_tokens=3, temperature=0)
+    assert bare.decode(g.prompt_ids) == "What is 2 + 2?\nAnswer:"
 
 
 def test_curves_of_several_samples(settings: Callable[..., EvaluateConfig], tmp_path: Path) -> None:
@@ -341,7 +337,7 @@ def test_curves_of_several_samples(settings: Callable[..., EvaluateConfig], tmp_
     assert "Cons@k from one draw of 5 samples" in (tmp_path / "out" / "results.md").read_text()
 
 
-def test_closing_a_thinking_needs_a_model_that_thinks(
+def test_closing_a_thinking_needs_a_tokenizer_that_can_spell_it(
     settings: Callable[..., EvaluateConfig], checkpoint: Path, tmp_path: Path
 ) -> None:
     from tokenizers import Tokenizer, models
@@ -350,6 +346,6 @@ def test_closing_a_thinking_needs_a_model_that_thinks(
     words = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1}, "a"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(tmp_path / "plain")
     write_text(tmp_path / "plain" / "config.json", (checkpoint / "base" / "config.json").read_text())
-    with pytest.raises(UserError, match=r"knows no </think>.*leave out no_thinking"):
+    with pytest.raises(UserError, match="cannot spell plain text"):
         evaluate(settings(model=str(tmp_path / "plain"), arms=["vanilla", "no_thinking"]))
     assert not (tmp_path / "out").exists()

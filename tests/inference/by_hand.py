@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 
 from neureasoner.directions import Direction
+from neureasoner.forward import cache_argument
 from neureasoner.inference.controller import Controller
-from neureasoner.inference.decode import Generation, generate_batch, generation_config
+from neureasoner.inference.decode import Generation, generate_batch
 from neureasoner.inference.plan import Action, Plan, Rule, Strength, Trigger
 
 Edit = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
@@ -60,8 +61,8 @@ def greedy(
         given = torch.tensor([prompt])
         with torch.no_grad():
             for _ in range(tokens):
-                out = model(given, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
+                out = model(given, use_cache=True, **{cache_argument(model): cache})
+                cache = getattr(out, cache_argument(model))
                 logits.append(out.logits[0, -1])
                 ids.append(int(logits[-1].argmax()))
                 if ids[-1] == eos:
@@ -100,7 +101,9 @@ def logits_of(model: Any, tokenizer: Any, prompt: list[int], plan: Any, directio
         out = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            generation_config=generation_config(model, tokenizer, n, 0.0, 1.0),
+            generation_config=GenerationConfig(
+                max_new_tokens=n, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0
+            ),
             logits_processor=LogitsProcessorList([watch]),
             return_dict_in_generate=True,
             output_logits=True,

@@ -82,7 +82,7 @@ def talker(make_model: Callable[..., Any], tokenizer: Any) -> Callable[..., Any]
                 if separators.contains_separator(i):
                     head.bias[i] = 2.0
             head.bias[tokenizer.convert_tokens_to_ids(["<INTRA>", "<INTER>"])] = -20.0
-            head.bias[tokenizer.eos_token_id], head.bias[separators.think_close] = eos, close
+            head.bias[tokenizer.eos_token_id], head.bias[tokenizer.convert_tokens_to_ids("</think>")] = eos, close
             head.bias[len(tokenizer) :] = -50.0
         model.lm_head = head
         return model.eval()

@@ -29,7 +29,9 @@ STRENGTHS = [0.02, 0.05, 0.2, 1.0]
 
 @pytest.fixture
 def root(talker: Any, tokenizer: Any, tmp_path: Path) -> Path:
-    talker(eos=1.0).save_pretrained(tmp_path / "model")
+    model = talker(eos=1.0)
+    model.lm_head.register_parameter("bias", None)  # the architecture has none: it would not be loaded
+    model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     Direction({"residual:0": VECTOR}, "positive = test").save(tmp_path / "plans" / "d")
     write_rows(tmp_path / "p.jsonl", [Problem(str(i), "f", 1, q, "1") for i, q in enumerate(QUESTIONS)])

@@ -13,6 +13,7 @@ import torch
 
 from neureasoner.directions import Direction
 from neureasoner.errors import UserError
+from neureasoner.forward import cache_argument
 from neureasoner.inference.bake import refusal
 from neureasoner.inference.controller import Controller
 from neureasoner.inference.controls import random_trigger
@@ -47,8 +48,8 @@ def by_loop(model: Any, tokenizer: Any, prompt: list[int], acts: Any, tokens: in
     with torch.no_grad():
         cache, given = None, torch.tensor([prompt])
         for _ in range(tokens):
-            out = model(given, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(given, use_cache=True, **{cache_argument(model): cache})
+            cache = getattr(out, cache_argument(model))
             ids.append(int(out.logits[0, -1].argmax()))
             if ids[-1] == tokenizer.eos_token_id:
                 break

@@ -112,7 +112,7 @@ def test_random_neurons_move_as_many_deviations(make_model, seed):
 def test_rates_are_counted_from_the_event_log():
     def g(events: list[dict[str, Any]], scores: list[tuple[str, int]], thinking: int = 100) -> Generation:
         rows = [{"rule": r, "token": t, "score": 0.0, "step": 0} for r, t in scores]
-        return Generation([1], [2], "", events, [False], False, thinking, [], 0.0, rows)
+        return Generation([1], [2], "", False, thinking, [], events=events, scores=rows)
 
     def event(rule: str, token: int, suppressed: bool = False, **more: Any) -> dict[str, Any]:
         return {"rule": rule, "token": token, "suppressed": suppressed} | more

@@ -144,10 +144,10 @@ def test_check_5_steps_found_token_by_token_are_the_offline_ones(make_model, tok
     separators = Separators.of(tokenizer)
     rng = np.random.default_rng(0)
     newlines = [i for i in range(separators.size) if "\n" in tokenizer.decode([i])]
-    others = sorted(set(range(separators.size)) - {separators.think_close, separators.eos})
+    others = sorted(set(range(separators.size)) - {tokenizer.convert_tokens_to_ids("</think>"), separators.eos})
     draws = [rng.choice([*newlines * 4, *others], size=200).tolist() for _ in range(6)]
     for ids in draws[:3]:
-        ids[150] = separators.think_close
+        ids[150] = tokenizer.convert_tokens_to_ids("</think>")
     rows = [row(tokenizer, i) for i in range(len(draws))]
     run, found = SteeringRun(steering, rows), [[0] for _ in draws]
     run.prefill = False

@@ -295,3 +295,10 @@ def test_a_schedule_is_lines_between_its_points():
     strength = Strength(2.0, schedule=((10, 1.0), (20, 0.5), (40, 0.0)))
     assert [strength.at(t) for t in (0, 10, 15, 20, 30, 40, 99)] == pytest.approx([2, 2, 1.5, 1, 0.5, 0, 0])
     assert not strength.zero and Strength(0.0).zero and Strength(schedule=((0, 0.0), (9, 0.0))).zero
+
+
+def test_a_shipped_plan_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Plan.load("seal").to_dict() == Plan.load("configs/plans/seal.yaml").to_dict()
+    with pytest.raises(UserError, match=r"sael: no such plan file, .*seal"):
+        Plan.load("sael")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
+from neureasoner.forward import cache_argument
 from neureasoner.inference.controller import Controller
-from neureasoner.inference.decode import generate_batch, generation_config
+from neureasoner.inference.decode import generate_batch
 from neureasoner.sites import read_sites
 
 PROBE = {"probe": "p", "max": 2}
@@ -97,7 +98,7 @@ def test_promise_2_cached_decoding_equals_one_full_forward(talker, tokenizer, pr
         np.testing.assert_allclose(g.series["logits"], torch.stack([entropy, surprise], 1), atol=2e-5)
 
 
-def test_promise_3_forced_tokens_are_like_prompt_tokens_and_count(talker, tokenizer, prompts, kit):
+def test_promise_3_forced_tokens_are_like_prompt_tokens_and_count(talker, tokenizer, prompts, kit, stock_config):
     model, text = talker(), "Okay, I was wrong. <INTRA>"
     forced = tokenizer.encode(text, add_special_tokens=False)
     controller = Controller(model, tokenizer, kit.plan_of(intra=(text, {"always": True})))
@@ -106,7 +107,7 @@ def test_promise_3_forced_tokens_are_like_prompt_tokens_and_count(talker, tokeni
         out = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            generation_config=generation_config(model, tokenizer, 50, 0.0, 1.0),
+            generation_config=stock_config(model, tokenizer, 50),
             logits_processor=LogitsProcessorList([watch]),
             return_dict_in_generate=True,
             output_logits=True,
@@ -114,7 +115,8 @@ def test_promise_3_forced_tokens_are_like_prompt_tokens_and_count(talker, tokeni
     ids = out.sequences[0].tolist()
     at = len(prompt) + watch.rows[0].events[0]["token"]
     assert ids[at : at + len(forced)] == forced and len(ids) == len(prompt) + 50  # forced ones are among the 50
-    assert out.past_key_values.get_seq_length() == len(ids) - 1
+    cache = getattr(out, cache_argument(model))
+    assert cache.get_seq_length() == len(ids) - 1
     with torch.no_grad():
         full = model(out.sequences).logits[0]
     seen = torch.stack(out.logits)[:, 0]

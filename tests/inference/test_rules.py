@@ -169,7 +169,7 @@ def test_what_a_plan_may_not_ask_for(talker, tiny_tokenizer, tokenizer, make_mod
     far = kit.FakeProbe(features=kit.FakeFeatures(read=("neuron:9[0]",)))
     with pytest.raises(UserError, match="layer 9 is out of range"):
         Controller(model, tokenizer, kit.plan_of(i=("<INTRA>", {"probe": "p"})), {"p": far})
-    with pytest.raises(UserError, match="prompt is empty"):
+    with pytest.raises(UserError, match="is empty"):
         kit.sample(model, tokenizer, [[]])
     with pytest.raises(UserError, match="top_p"):
         kit.sample(model, tokenizer, [[1]], top_p=0.0)

@@ -23,13 +23,13 @@ from neureasoner.inference.config import AssembleConfig, GenerateConfig
 from neureasoner.inference.controls import no_op
 from neureasoner.inference.generate import describe, generate
 from neureasoner.inference.plan import Plan
-from neureasoner.inference.steered import NO_THINKING, SteeredModel, encode_prompt
+from neureasoner.inference.steered import SteeredModel, encode_prompt
 from neureasoner.models import fingerprint
 from neureasoner.probes.detectors.gate import FailureGate
 from neureasoner.probes.detectors.probe import Probe
 from neureasoner.probes.detectors.sequential import Sequential
 from neureasoner.probes.features import FeatureSet
-from neureasoner.traces import Problem, read_traces, write_rows
+from neureasoner.traces import NO_THINKING, Problem, read_traces, write_rows
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "plans" / "neureasoner.yaml"
 QUESTIONS = ["12 + 30?", "Try 3 * 8 - 5 and tell me.", "Done?"]

@@ -13,10 +13,10 @@ import torch
 
 from neureasoner.directions import Direction
 from neureasoner.errors import UserError
+from neureasoner.forward import cache_argument
 from neureasoner.inference.controller import Controller
 from neureasoner.inference.decode import generate_batch
 from neureasoner.inference.plan import Action, Plan, Rule, Strength, Trigger
-from neureasoner.steps import Separators
 
 _spec = importlib.util.spec_from_file_location("steering_by_hand", Path(__file__).parent / "by_hand.py")
 assert _spec and _spec.loader
@@ -179,8 +179,7 @@ def test_a_direction_of_hidden_size_at_heads_projects_what_they_write(make_model
 
 def test_boundary_acts_only_on_tokens_that_close_a_thinking_step(talker, tokenizer, prompts, kit):
     model = talker(eos=0.0, close=-3.0, seed=2)
-    separators = Separators.of(tokenizer)
-    close = separators.think_close
+    close = tokenizer.convert_tokens_to_ids("</think>")
 
     def sample(prompt: list[int]) -> tuple[list[int], list[int]]:
         """Own loop: steps found with the offline segmenter over the ids so far."""
@@ -202,8 +201,8 @@ def test_boundary_acts_only_on_tokens_that_close_a_thinking_step(talker, tokeniz
         with torch.no_grad():
             cache, given = None, torch.tensor([prompt])
             for _ in range(50):
-                out = model(given, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
+                out = model(given, use_cache=True, **{cache_argument(model): cache})
+                cache = getattr(out, cache_argument(model))
                 ids.append(int(out.logits[0, -1].argmax()))
                 if ids[-1] == tokenizer.eos_token_id:
                     break
@@ -387,7 +386,7 @@ def test_a_hook_that_is_gone_is_an_error(make_model, tokenizer, prompts):
         watch(ids, model(ids).logits[:, -1])
         model.model.layers[1]._forward_hooks.clear()
         with pytest.raises(RuntimeError, match=r"site residual:1: its writing hook fired 0 times"):
-            watch(torch.cat([ids, ids[:, :1]], 1), model(torch.cat([ids, ids[:, :1]], 1)).logits[:, -1])
+            watch(torch.cat([ids, ids[:, :1]], 1), model(ids[:, :1]).logits[:, -1])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 

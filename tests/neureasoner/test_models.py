@@ -95,3 +95,49 @@ def test_ids_go_where_the_embedding_runs(make_model: Any, tmp_path: Path) -> Non
         assert models.input_device(offloaded) == torch.device("cpu")
     with pytest.raises(UserError, match="meta"):
         models.input_device(make_model().to("meta"))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "auto", torch.int32, "nn"])
+def test_weights_are_floats(folder: Path, dtype: Any) -> None:
+    with pytest.raises(UserError, match="dtype"):
+        models.load(str(folder), device="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"device": "cuda:99"}, "cuda:99"),
+        ({"device": "gpu"}, "gpu"),
+        ({"device": "meta"}, "meta"),
+        ({"device": "cpu", "device_map": "auto"}, "device_map"),
+        ({"device_map": "nope"}, "balanced"),
+        ({"device_map": 99}, "99"),
+        ({"device_map": {"": "cuda:99"}}, "cuda:99"),
+        ({"device_map": {"": None}}, "None"),
+    ],
+)
+def test_devices_that_are_not_there(folder: Path, settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        models.load(str(folder), **settings)
+
+
+@pytest.mark.parametrize("place", ["auto", "balanced", "sequential", "cpu", torch.device("cpu"), {"": "cpu"}])
+def test_a_device_map_places_the_weights(folder: Path, place: Any) -> None:
+    if torch.cuda.is_available() and place in ("auto", "balanced", "sequential"):
+        pytest.skip("this machine has more than a CPU")
+    model, _ = models.load(str(folder), device_map=place)
+    assert model.dtype == torch.float32 and not model.training
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+def test_weights_may_stay_on_disk(folder: Path) -> None:
+    plain, tokenizer = models.load(str(folder), device="cpu")
+    parts = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.rotary_emb": "cpu"}
+    parts |= {"model.layers.1": "disk", "model.norm": "disk", "lm_head": "disk"}
+    spread, _ = models.load(str(folder), device_map=parts)
+    assert spread.lm_head.weight.device.type == "meta"
+    ids = tokenizer("Okay, let me think", return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(spread(ids).logits, plain(ids).logits)
+    assert models.fingerprint(spread) == models.fingerprint(plain)
+    assert models.input_device(spread) == torch.device("cpu")

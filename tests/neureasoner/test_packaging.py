@@ -5,11 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import shutil
-import subprocess
-import sys
 import tomllib
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -49,38 +45,6 @@ def test_every_file_that_is_read_is_declared() -> None:
             declared |= {p for p in matched if p.is_file()}
     lying = {p for base in folders.values() for p in base.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     assert {p for p in lying if p.suffix not in (".py", ".pyc")} == declared
-
-
-@pytest.mark.slow
-def test_a_wheel_runs_shipped_recipes_from_any_folder(tmp_path: Path) -> None:
-    """Built offline from a copy, unpacked beside nothing else, used from an empty folder."""
-    kept = ("neureasoner", *ROOMS, "configs", "pyproject.toml", "README.md", "LICENSE")
-    for name in kept:
-        source, to = ROOT / name, tmp_path / "source" / name
-        shutil.copytree(source, to, ignore=shutil.ignore_patterns("__pycache__")) if source.is_dir() else shutil.copy(
-            source, to
-        )
-    how = ["--no-build-isolation", "--no-deps", "--no-index", "-q", "--wheel-dir", str(tmp_path)]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *how, str(tmp_path / "source")], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    (tmp_path / "empty").mkdir()
-    code = (
-        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
-        f"sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
-        "import neureasoner, neureasoner.run as run; from neureasoner.floor_config import RunConfig\n"
-        f"assert neureasoner.__file__.startswith({str(tmp_path)!r}) and run.__file__.startswith({str(tmp_path)!r})\n"
-        "for name in ('quickstart', 'full', 'reproduce_table2', 'combination'): run.load_recipe(RunConfig(name))\n"
-        "from neureasoner.cli import main\n"
-        "sys.exit(main(['reproduce', 'table2', '--set', 'data problems.n=3', 'generated problems.samples=1',"
-        " 'generated problems.max_new_tokens=8', 'generated problems.resamples=20']))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path / "empty", capture_output=True, text=True, timeout=250
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "# Table 2" in done.stdout and (tmp_path / "empty" / "runs" / "reproduce_table2" / "table2.md").is_file()
 
 
 @pytest.mark.parametrize("name", [module_name(p) for p in sources()])

@@ -166,3 +166,96 @@ def test_reading_keeps_the_graph(make_model: Any) -> None:
         model(torch.ones(1, 3, dtype=torch.long))
     captured["neuron:0[1]"].sum().backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+class _Packed(torch.nn.Linear):
+    """Stands for a module of a quantisation library: its weight is a tensor of the library's own kind."""
+
+    def __init__(self, weight: Any, name: str = "weight"):
+        torch.nn.Module.__init__(self)
+        setattr(self, name, weight)
+
+
+class _Tensor(torch.Tensor):
+    pass
+
+
+def _packings() -> dict[str, Any]:
+    matrix = torch.ones(32, 48)
+    return {
+        "subclass": _Packed(torch.nn.Parameter(matrix.as_subclass(_Tensor))),
+        "int8": _Packed(torch.nn.Parameter(matrix.to(torch.int8), requires_grad=False)),
+        "fp8": _Packed(torch.nn.Parameter(matrix.to(torch.float8_e4m3fn), requires_grad=False)),
+        "packed": _Packed(torch.nn.Parameter(matrix.to(torch.uint8).reshape(-1, 1), requires_grad=False)),
+        "no weight": _Packed(torch.nn.Parameter(matrix.to(torch.int32), requires_grad=False), "qweight"),
+        "a method": _Packed(lambda: matrix),
+    }
+
+
+@pytest.mark.parametrize("kind", list(_packings()))
+@pytest.mark.parametrize("name", ["down_proj", "o_proj", "q_proj"])
+def test_quantised_modules_are_refused_by_name(make_model: Any, kind: str, name: str) -> None:
+    model = make_model()
+    part = "mlp" if name == "down_proj" else "self_attn"
+    setattr(getattr(model.model.layers[1], part), name, _packings()[kind])
+    with pytest.raises(UserError, match=rf"quantised .*layers\.1\.{part}\.{name}"):
+        Layout.of(model)
+
+
+@pytest.mark.parametrize("where", ["embed_tokens", "lm_head"])
+def test_quantised_embeddings_are_refused_too(make_model: Any, where: str) -> None:
+    model = make_model()
+    packed = _Packed(torch.nn.Parameter(torch.ones(390, 32).to(torch.int8), requires_grad=False))
+    setattr(model if where == "lm_head" else model.model, where, packed)
+    with pytest.raises(UserError, match=where):
+        Layout.of(model)
+
+
+def test_a_config_that_says_quantised_is_believed(make_model: Any) -> None:
+    model = make_model()
+    for about in ({"quant_method": "gptq", "bits": 4}, {"load_in_4bit": True}):
+        model.config.quantization_config = about
+        with pytest.raises(UserError, match=about.get("quant_method", "quantization_config")):
+            Layout.of(model)
+    del model.config.quantization_config
+    model.is_quantized = True
+    with pytest.raises(UserError, match="is_quantized"):
+        Layout.of(model)
+    model.is_quantized = False  # as after model.dequantize()
+    Layout.of(model)
+
+
+def test_plain_matrices_in_other_wrappings_pass(make_model: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        Layout.of(make_model("qwen2").to(dtype))
+    Layout.of(make_model().to("meta"))
+    base = make_model("llama")
+    get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", trainable_token_indices=[3]))
+    Layout.of(base)
+
+
+def test_a_matrix_of_another_size_is_named(make_model: Any) -> None:
+    model = make_model()
+    model.model.layers[0].mlp.down_proj = torch.nn.Linear(40, 32, bias=False)
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.down_proj holds \[32, 40\].*\[32, 48\]"):
+        Layout.of(model)
+
+
+def test_sites_are_read_where_their_modules_run(make_model: Any) -> None:
+    from accelerate import cpu_offload
+
+    ids, seen = torch.tensor([[5, 6, 7]]), {}
+    sites = ["neuron:1[3,1]", "head:0[2]", "residual:1"]
+    expected = {}
+    with torch.no_grad():
+        model = make_model()
+        with read_sites(model, sites, expected.__setitem__):
+            model(ids)
+        offloaded = cpu_offload(make_model(), execution_device=torch.device("cpu"))
+        with read_sites(offloaded, sites, seen.__setitem__):
+            offloaded(ids)
+    assert seen.keys() == expected.keys()
+    for site in sites:
+        torch.testing.assert_close(seen[site], expected[site])

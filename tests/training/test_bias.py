@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,10 +23,10 @@ from neureasoner.data_builders.problem_file import make_problems
 from neureasoner.directions import Direction
 from neureasoner.errors import UserError
 from neureasoner.models import load
+from neureasoner.sampler import Drawn
 from neureasoner.traces import Problem, write_rows
 from neureasoner.training import bias, policy_trainer
 from neureasoner.training.bias_config import BiasConfig
-from neureasoner.training.policy import Samples
 from neureasoner.training.policy_trainer import split
 from neureasoner.training.vectors import BiasVectors, stacked
 
@@ -65,14 +66,15 @@ def gradient_of(
     prompts: list[list[int]] = []
     given = iter(rewards)
 
-    def fixed(model: Any, prompt_ids: list[list[int]], **_: Any) -> Samples:
+    def fixed(model: Any, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
         prompts.extend(prompt_ids)
         logprobs = []
         for prompt, ids in zip(prompt_ids, RESPONSES, strict=True):
             with torch.no_grad():
                 row = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             logprobs.append(row.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist())
-        return Samples(RESPONSES, logprobs, [False] * len(RESPONSES))
+        rows = [Drawn(ids, False, values) for ids, values in zip(RESPONSES, logprobs, strict=True)]
+        return SimpleNamespace(rows=rows)
 
     monkeypatch.setattr(policy_trainer, "sample", fixed)
     found: dict[str, torch.Tensor] = {}
@@ -237,7 +239,7 @@ def test_an_interrupted_run_ends_where_the_other_does(
     seen = [0]
     real = policy_trainer.sample
 
-    def dies(*args: Any, **kwargs: Any) -> Samples:
+    def dies(*args: Any, **kwargs: Any) -> Any:
         seen[0] += 1
         if seen[0] == 4:
             raise KeyboardInterrupt
@@ -258,15 +260,16 @@ def test_an_interrupted_run_ends_where_the_other_does(
 def test_sft_learns_the_right_traces_only(
     config: Callable[..., BiasConfig], tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    from neureasoner.data_builders.encoding import prompt_text
-    from neureasoner.data_builders.rollouts import build_trace
+    from neureasoner.prompts import prompt_text
+    from neureasoner.responses import read_response
 
     problem = Problem("s", "arithmetic", 1, "Calculate 3 + 4 * 2.", "11")
     prompt = tiny_tokenizer(prompt_text(tiny_tokenizer, problem.question)).input_ids
     rows = []
     for i, answer in enumerate(["11", "12", "11", "11", "11"]):
         ids = tiny_tokenizer(f"So.\n</think>\n\n\\boxed{{{answer}}}<|im_end|>").input_ids
-        rows.append(build_trace(tiny_tokenizer, problem, f"s#{i}", prompt, ids[:-1] if i == 2 else ids))
+        response = read_response(tiny_tokenizer, prompt, ids[:-1] if i == 2 else ids, [tiny_tokenizer.eos_token_id])
+        rows.append(response.to_trace(f"s#{i}", problem))
     write_rows(tmp_path / "traces.jsonl", rows)
     how = {"objective": "sft", "problems": "", "traces": str(tmp_path / "traces.jsonl"), "samples": 1, "micro_batch": 1}
     settings = config(**how, prompts=3, steps=6, learning_rate=[0.1])
@@ -363,9 +366,11 @@ def test_a_sampler_that_is_another_model_is_noticed(
 ) -> None:
     real = policy_trainer.sample
 
-    def other(model: Any, *args: Any, **kwargs: Any) -> Samples:
+    def other(model: Any, *args: Any, **kwargs: Any) -> Any:
         done = real(model, *args, **kwargs)
-        return Samples(done.ids, [[v - 0.3 for v in row] for row in done.logprobs], done.finished)
+        for row in done.rows:
+            row.logprobs = [v - 0.3 for v in row.logprobs]
+        return done
 
     monkeypatch.setattr(policy_trainer, "sample", other)
     with pytest.raises(UserError, match=r"trainer and sampler differ by 0\.300"):

@@ -15,7 +15,7 @@ from neureasoner.data_builders.encoding import IGNORE, prompt_text
 from neureasoner.data_builders.layouts import Reconstruction
 from neureasoner.traces import write_rows
 from neureasoner.training import sft
-from neureasoner.training.templates import open_once, opens_thinking
+from neureasoner.training.templates import open_once
 
 R1, QWEN3 = "deepseek_r1_distill", "qwen3"
 # The first release of R1's template, which left it to the model to open the thinking.
@@ -91,10 +91,17 @@ def test_thinking_is_in_the_ids_and_trains(
 def test_a_row_without_thinking_is_left_alone(tiny_tokenizer: Any, make_row: Callable[..., Reconstruction]) -> None:
     tokenizer = with_template(tiny_tokenizer, QWEN3)
     row = replace(make_row("plain"), response="Seven.")
-    assert open_once([row], tokenizer) == [row] and not opens_thinking(tokenizer)
-    assert opens_thinking(tiny_tokenizer) and open_once([make_row("intra")], tiny_tokenizer) == [make_row("intra")]
-    closed = copy.deepcopy(tokenizer)
-    closed.chat_template = closed.chat_template.replace(
+    assert open_once([row], tokenizer) == [row]
+    assert open_once([make_row("intra")], tiny_tokenizer) == [make_row("intra")]
+
+
+def test_a_template_that_closes_the_thinking_does_not_open_it(
+    tiny_tokenizer: Any, make_row: Callable[..., Reconstruction]
+) -> None:
+    tokenizer = with_template(tiny_tokenizer, QWEN3)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
         "enable_thinking is defined and enable_thinking is false", "true"
     )
-    assert prompt_text(closed, "?").endswith("</think>\n\n") and not opens_thinking(closed)
+    assert prompt_text(tokenizer, "?").endswith("</think>\n\n")
+    [row] = open_once([make_row("intra")], tokenizer)
+    assert row.response == "<think>\n" + make_row("intra").response

@@ -12,9 +12,9 @@ import torch
 
 from neureasoner.errors import UserError
 from neureasoner.inference.baselines import baseline
-from neureasoner.inference.baselines.alpha_one import about_to_draw, mean_thinking
-from neureasoner.sampling import generation_config
-from neureasoner.steps import Separators
+from neureasoner.inference.baselines.alpha_one import mean_thinking
+from neureasoner.sampler import Run, sample
+from neureasoner.sampling import Sampling
 from neureasoner.traces import THINK_CLOSE
 
 WORD = "Wait"
@@ -126,23 +126,28 @@ def test_the_rate_of_waits_falls_to_zero_at_the_moment(leaning, tokenizer, promp
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 1.0), (0.6, 0.95), (1.3, 0.5)])
-def test_what_is_about_to_be_drawn_is_drawn(temperature, top_p, make_model, tiny_tokenizer) -> None:
-    """Read off inside a real ``generate``: the peek says each next token, and leaves the random state alone."""
-    model, peeked = make_model(), []
+def test_what_is_about_to_be_drawn_is_drawn(temperature, top_p, make_model) -> None:
+    """The peek says each next token, and draws nothing."""
+    peeked: list[torch.Tensor] = []
 
-    def look(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        state = torch.get_rng_state()
-        peeked.append(about_to_draw(scores, temperature, top_p))
-        assert torch.equal(state, torch.get_rng_state())
-        return scores
+    class Look:
+        narrows = True
+        run: Run
 
-    prompt = torch.tensor([[5, 6, 7], [8, 9, 10]])
-    config = generation_config(model, tiny_tokenizer, 20, temperature, top_p)
-    config.eos_token_id = None
-    out = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), generation_config=config, logits_processor=[look]
-    )
-    assert torch.equal(out[:, 3:], torch.stack(peeked, 1))
+        def begin(self, run: Run) -> None:
+            self.run = run
+
+        def narrow(self, *_: Any) -> None: ...
+
+        def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            state = self.run.generator.get_state()
+            peeked.append(self.run.peek(scores))
+            assert torch.equal(state, self.run.generator.get_state())
+            return scores
+
+    how = {"ends": [], "pad": 0, "watch": Look()}
+    done = sample(make_model(), [[5, 6, 7], [8, 9, 10]], Sampling(20, temperature, top_p), **how)
+    assert [row.ids for row in done.rows] == torch.stack(peeked, 1).tolist()
 
 
 @pytest.mark.parametrize(
@@ -170,7 +175,7 @@ def test_n_think_is_the_mean_thinking_of_vanilla_runs(leaning, tokenizer, prompt
     out = baseline("vanilla", leaning({THINK_CLOSE: 24.0}), tokenizer).generate(
         prompts, temperature=0.0, max_new_tokens=30
     )
-    close = Separators.of(tokenizer).think_close
+    close = tokenizer.convert_tokens_to_ids("</think>")
     lengths = [g.response_ids.index(close) if close in g.response_ids else len(g.response_ids) for g in out]
     assert mean_thinking(out) == pytest.approx(sum(lengths) / len(lengths))
     with pytest.raises(UserError, match="at least one vanilla run"):

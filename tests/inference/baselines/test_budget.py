@@ -7,7 +7,6 @@ import pytest
 from neureasoner.inference.baselines import baseline
 from neureasoner.inference.baselines.budget import STUB
 from neureasoner.inference.baselines.plans import CLOSE
-from neureasoner.steps import Separators
 from neureasoner.traces import NO_THINKING
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 45}
@@ -17,7 +16,7 @@ GREEDY = {"temperature": 0.0, "max_new_tokens": 45}
 def test_at_the_budget_the_stub_is_forced(no_thinking, leaning, tokenizer, prompts, loop) -> None:
     """Some rows are still thinking at the budget, some are answering: the first are closed before the stub."""
     model = leaning({"</think>": 23.0})
-    encode, close = tokenizer.encode, Separators.of(tokenizer).think_close
+    encode, close = tokenizer.encode, tokenizer.convert_tokens_to_ids("</think>")
     start = encode(NO_THINKING, add_special_tokens=False) if no_thinking else []
     budget = len(start) + 9
     stubs = [encode(t + STUB, add_special_tokens=False) for t in (CLOSE, "\n\n")]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from neureasoner.forward import cache_argument
 from neureasoner.inference.baselines import baseline
 from neureasoner.inference.baselines.branch import Beam, Branch, boxed_answers
 from neureasoner.inference.baselines.think_or_not import (
@@ -73,7 +74,7 @@ def read_prompts(model: Any, prompts: list[list[int]], pad: int) -> tuple[Any, t
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         places = (mask.cumsum(-1) - 1).clamp_min(0)
-        model(ids, attention_mask=mask, position_ids=places, past_key_values=cache)
+        model(ids, attention_mask=mask, position_ids=places, **{cache_argument(model): cache})
     return cache, mask
 
 
@@ -107,7 +108,7 @@ def candidates_by_hand(
 
 
 def barred_of(tokenizer: Any) -> set[int]:
-    return set(tokenizer.all_special_ids) | {Separators.of(tokenizer).think_close}
+    return set(tokenizer.all_special_ids) | {tokenizer.convert_tokens_to_ids("</think>")}
 
 
 def test_boxed_answers_are_those_of_full_forwards(leaning, tokenizer, prompts, loop) -> None:

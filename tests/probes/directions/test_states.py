@@ -148,6 +148,14 @@ def test_thoughts_are_labelled_by_what_follows_the_boundary(tiny_tokenizer: Any)
         assert not state.pooled
 
 
+def test_an_answer_behind_a_closed_thinking_has_no_thoughts(tiny_tokenizer: Any) -> None:
+    traces = make_traces(tiny_tokenizer, TEXTS[:2], [True, False], ["a", "b"])
+    traces[0].prompt_ids = tiny_tokenizer("What is </think>?<think>\nOkay.\n</think>\n\n")["input_ids"]
+    traces[1].prompt_ids = tiny_tokenizer("What is </think>?\nAnswer:")["input_ids"]
+    found = states_of(traces, tiny_tokenizer, settings(contrast="thoughts"))
+    assert [(s.problem, s.sides) for s in found] == [("b", (False, True))]
+
+
 @pytest.mark.parametrize(
     ("text", "kind"),
     [

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from neureasoner.data_builders.rollouts import build_trace
 from neureasoner.errors import UserError
+from neureasoner.forward import cache_argument
 from neureasoner.inference.controller import Controller
 from neureasoner.inference.decode import generate_batch
 from neureasoner.inference.plan import Plan
 from neureasoner.probes.recording import record as module
 from neureasoner.probes.recording.record import record, record_to
 from neureasoner.probes.recording.store import SeriesStore
+from neureasoner.responses import read_response
 from neureasoner.sites import read_sites
 from neureasoner.traces import Problem
 
@@ -31,7 +32,7 @@ ARCHS = ["llama", "qwen2", "qwen3"]
 
 
 def trace_of(tokenizer, name, prompt, response):
-    trace = build_trace(tokenizer, PROBLEM, name, prompt, response)
+    trace = read_response(tokenizer, prompt, response, [tokenizer.eos_token_id]).to_trace(name, PROBLEM)
     trace.meta["thinking_tokens"] = max(1, len(response) - 2)
     return trace
 
@@ -52,11 +53,11 @@ def stepwise(model, trace):
     block.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.update(z=args[0][0, -1].view(4, 12)))
     model.model.layers[0].register_forward_hook(lambda _, __, out: seen.update(h=out[0, -1]))
     with torch.no_grad():
-        out = model(torch.tensor([trace.prompt_ids]), use_cache=True)
+        name, out = cache_argument(model), model(torch.tensor([trace.prompt_ids]), use_cache=True)
         for token in trace.response_ids:
             p = torch.softmax(out.logits[0, -1], -1)
             logits = [-sum(float(x) * np.log(float(x)) for x in p), -np.log(float(p[token]))]
-            out = model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
+            out = model(torch.tensor([[token]]), use_cache=True, **{name: getattr(out, name)})
             neurons = [float(seen["a"][n]) for n in (3, 0, 7)]
             heads = [np.sqrt(sum(float(x) ** 2 for x in seen["z"][h])) for h in (2, 0)]
             rows.append((neurons, heads, seen["h"].tolist(), logits))

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from neureasoner import caches
 from neureasoner.errors import UserError
-from neureasoner.training import policy
-from neureasoner.training.policy import sample, sample_all
+from neureasoner.sampler import Drawn, sample, sample_all
+from neureasoner.sampling import Sampling
 from neureasoner.training.vectors import bias_vectors
 
 PROMPTS = [[5, 9, 2, 7], [4, 8], [11, 3, 6, 1, 2, 9, 30], [7]]
-HOW: dict[str, Any] = {"pad_id": 0, "eos_ids": [31]}
+HOW: dict[str, Any] = {"pad": 0, "ends": [31]}
+WHOLE = Sampling(1, 1.0, 1.0)
 
 
 def recomputed(model: Any, prompt: list[int], response: list[int], temperature: float = 1.0) -> torch.Tensor:
@@ -31,15 +33,17 @@ def test_log_probabilities_are_those_of_a_full_pass(
     make_model: Callable[..., Any], arch: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With rows that end at different times and a cache that grows several times."""
-    monkeypatch.setattr(policy, "ROOM", 5)
+    monkeypatch.setattr(caches, "ROOM", 5)
     model = make_model(arch)
     values = torch.randn(2, 32, generator=torch.Generator().manual_seed(2))
     eos = list(range(0, 60))
     with bias_vectors(model, values):
-        done = sample(model, PROMPTS * 2, max_new_tokens=24, temperature=temperature, pad_id=0, eos_ids=eos, seed=4)
-        lengths = {len(ids) for ids in done.ids}
+        how = {"pad": 0, "ends": eos, "seed": 4, "logprobs": True}
+        done = sample(model, PROMPTS * 2, Sampling(24, temperature, 1.0), **how).rows
+        lengths = {len(row.ids) for row in done}
         assert len(lengths) > 2, "rows leave the batch one after the other"
-        for prompt, ids, logprobs, finished in zip(PROMPTS * 2, done.ids, done.logprobs, done.finished, strict=True):
+        for prompt, row in zip(PROMPTS * 2, done, strict=True):
+            ids, logprobs, finished = row.ids, row.logprobs, row.finished
             wanted = recomputed(model, prompt, ids, temperature)
             assert (wanted - torch.tensor(logprobs)).abs().mean() < 1e-4
             assert finished == (ids[-1] in eos) and not any(i in eos for i in ids[:-1])
@@ -48,8 +52,8 @@ def test_log_probabilities_are_those_of_a_full_pass(
 
 def test_greedy_equals_generate(make_model: Callable[..., Any]) -> None:
     model = make_model()
-    done = sample(model, PROMPTS, max_new_tokens=15, temperature=0, **HOW)
-    for prompt, ids in zip(PROMPTS, done.ids, strict=True):
+    done = sample(model, PROMPTS, Sampling(15, 0), **HOW).rows
+    for prompt, ids in zip(PROMPTS, [row.ids for row in done], strict=True):
         how = {"max_new_tokens": 15, "do_sample": False, "eos_token_id": 31, "pad_token_id": 0}
         wanted = model.generate(torch.tensor([prompt]), **how)[0, len(prompt) :].tolist()
         assert ids == wanted
@@ -62,7 +66,7 @@ def test_draws_follow_the_distribution(make_model: Callable[..., Any]) -> None:
     model, n = make_model(), 4000
     with torch.no_grad():
         p = torch.softmax(model(torch.tensor([PROMPTS[0]])).logits[0, -1].double(), -1)
-    drawn = sample(model, [PROMPTS[0]] * n, max_new_tokens=1, **HOW, seed=9).ids
+    drawn = [row.ids for row in sample(model, [PROMPTS[0]] * n, WHOLE, **HOW, seed=9).rows]
     counts = torch.bincount(torch.tensor(drawn)[:, 0], minlength=len(p)).double()
     common = p > 5 / n
     observed = [*counts[common].tolist(), float(counts[~common].sum())]
@@ -73,22 +77,38 @@ def test_draws_follow_the_distribution(make_model: Callable[..., Any]) -> None:
 def test_seed_decides_and_nothing_else_is_touched(make_model: Callable[..., Any]) -> None:
     model = make_model().train()
     state = torch.get_rng_state()
-    one = sample(model, PROMPTS, max_new_tokens=8, seed=1, **HOW)
+    draw = lambda seed: sample(model, PROMPTS, Sampling(8, 1.0, 1.0), seed=seed, **HOW).rows  # noqa: E731
+    one = draw(1)
     assert model.training and torch.equal(torch.get_rng_state(), state)
-    assert one == sample(model, PROMPTS, max_new_tokens=8, seed=1, **HOW)
-    assert one != sample(model, PROMPTS, max_new_tokens=8, seed=2, **HOW)
+    assert one == draw(1)
+    assert one != draw(2)
 
 
 def test_batches_come_back_in_order(make_model: Callable[..., Any]) -> None:
     model, seen = make_model(), list[int]()
-    how = {"max_new_tokens": 6, "temperature": 0.0, **HOW}
-    done = sample_all(model, PROMPTS, batch_size=3, seed=0, advance=seen.append, **how)
+    settings = Sampling(6, 0.0)
+    done: list[Drawn] = sample_all(model, PROMPTS, settings, batch_size=3, seed=0, advance=seen.append, **HOW)
     assert seen == [3, 1]
     for i, prompt in enumerate(PROMPTS):
-        assert done.ids[i] == sample(model, [prompt], **how).ids[0]
-        assert len(done.logprobs[i]) == len(done.ids[i])
+        assert done[i].ids == sample(model, [prompt], settings, **HOW).rows[0].ids
 
 
 def test_an_empty_prompt_is_refused(make_model: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match="a prompt is empty"):
-        sample(make_model(), [[1], []], max_new_tokens=3, **HOW)
+        sample(make_model(), [[1], []], WHOLE, **HOW)
+
+
+def test_room_is_made_as_it_is_needed(make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cap that no memory could hold, and pieces smaller than a response; rows leave in between."""
+    from neureasoner import sampler
+
+    model, eos = make_model(), list(range(0, 60))
+    how: dict[str, Any] = {"pad": 0, "ends": eos, "seed": 4}
+    wanted = sample(model, PROMPTS * 2, Sampling(40, 1.0, 1.0), **how).rows
+    monkeypatch.setattr(sampler, "COLUMNS", 3)
+    assert sample(model, PROMPTS * 2, Sampling(40, 1.0, 1.0), **how).rows == wanted
+    assert sample(model, PROMPTS * 2, Sampling(10**12, 1.0, 1.0), **how).rows == [
+        row if row.finished else longer
+        for row, longer in zip(wanted, sample(model, PROMPTS * 2, Sampling(400, 1.0, 1.0), **how).rows, strict=True)
+    ]
+    assert all(row.finished for row in sample(model, PROMPTS * 2, Sampling(400, 1.0, 1.0), **how).rows)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from neureasoner import sampler
 from neureasoner.directions import Direction
-from neureasoner.inference import decode, narrowing
 from neureasoner.inference.controller import Controller
-from neureasoner.inference.decode import Generation, generate_batch, generation_config
+from neureasoner.inference.decode import Generation, generate_batch
 from neureasoner.inference.plan import Action, Plan, Rule, Strength, Trigger
 from neureasoner.sampling import left_padded
 
@@ -52,8 +51,13 @@ def many(prompts: list[list[int]]) -> list[list[int]]:
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row that ends leaves at once."""
-    monkeypatch.setattr(narrowing, "EVERY", 1)
-    monkeypatch.setattr(narrowing, "LEAST", 0.0)
+    monkeypatch.setattr(sampler, "LEAST", 0.0)
+
+
+@pytest.fixture
+def never(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``never()``: from here on every row stays."""
+    return lambda: monkeypatch.setattr(sampler, "LEAST", 1.0)
 
 
 @pytest.fixture
@@ -74,8 +78,7 @@ def run(model: Any, tokenizer: Any, prompts: Any, plan: Plan | None = None, **se
     return generate_batch(model, tokenizer, prompts, controller=controller, **how)
 
 
-def by_stock_generate(model: Any, tokenizer: Any, prompts: Any, temperature: float) -> list[list[int]]:
-    config = generation_config(model, tokenizer, TOKENS, temperature, 0.95)
+def by_stock_generate(model: Any, prompts: Any, config: Any) -> list[list[int]]:
     ids, mask = left_padded(prompts, config.pad_token_id, "cpu")
     torch.manual_seed(5)
     out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :].tolist()
@@ -83,17 +86,20 @@ def by_stock_generate(model: Any, tokenizer: Any, prompts: Any, temperature: flo
     return [row[: next((t + 1 for t, i in enumerate(row) if i in ends), len(row))] for row in out]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("every", [1, 8])
-def test_the_tokens_are_those_of_stock_generate(model, tokenizer, many, widths, monkeypatch, every, temperature):
-    want = by_stock_generate(model, tokenizer, many, temperature)
+@pytest.mark.parametrize(
+    "how",
+    [{"temperature": 0.0}, {"temperature": 0.8}, {"temperature": 0.8, "top_k": 9}, {"temperature": 1.2, "min_p": 0.05}],
+    ids=str,
+)
+def test_the_tokens_are_those_of_stock_generate(model, tokenizer, many, widths, stock_config, how):
+    more = {k: v for k, v in how.items() if k != "temperature"}
+    want = by_stock_generate(model, many, stock_config(model, tokenizer, TOKENS, how["temperature"], 0.95, **more))
     stock = list(widths)
     widths.clear()
-    monkeypatch.setattr(narrowing, "EVERY", every)
-    got = run(model, tokenizer, many, temperature=temperature)
+    got = run(model, tokenizer, many, **how)
     assert [g.response_ids for g in got] == want
     assert len(widths) == len(stock) and set(stock) == {16}
-    assert sum(widths) < (0.6 if temperature else 0.9) * sum(stock)
+    assert sum(widths) < (0.6 if how["temperature"] else 0.9) * sum(stock)
 
 
 def test_the_model_reads_no_row_longer_than_its_answer(model, tokenizer, many, widths, often):
@@ -104,12 +110,12 @@ def test_the_model_reads_no_row_longer_than_its_answer(model, tokenizer, many, w
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_plan_does_the_same_with_and_without(model, tokenizer, many, widths, often, monkeypatch, name):
+def test_a_plan_does_the_same_with_and_without(model, tokenizer, many, widths, often, never, name):
     plan = Plan("test", tuple(RULES[name]))
     record = ["residual:1", "neuron:0[3,5]", "logits"]
     got = run(model, tokenizer, many, plan, record=record)
     assert widths[-1] < 16
-    monkeypatch.setattr(decode, "finished_rows_leave", lambda *_: nullcontext())
+    never()
     want = run(model, tokenizer, many, plan, record=record)
     assert widths[-1] == 16
     assert sum(len(g.events) for g in want) >= 5
@@ -120,29 +126,10 @@ def test_a_plan_does_the_same_with_and_without(model, tokenizer, many, widths, o
             np.testing.assert_allclose(a.series[site], b.series[site], atol=2e-5)
 
 
-def test_strengths_given_by_row_stay_with_their_rows(model, tokenizer, many, often, monkeypatch):
+def test_strengths_given_by_row_stay_with_their_rows(model, tokenizer, many, often, never):
     plan = Plan("t", (Rule("r", Trigger(always=True), ADD, direction="d", strength=Strength(per_row=True)),))
     strengths = {"r": [(-1) ** i * i / 8 for i in range(16)]}
     got = run(model, tokenizer, many, plan, strengths=strengths)
-    monkeypatch.setattr(decode, "finished_rows_leave", lambda *_: nullcontext())
+    never()
     want = run(model, tokenizer, many, plan, strengths=strengths)
     assert [g.response_ids for g in got] == [g.response_ids for g in want]
-
-
-def test_one_row_sets_no_hook(model, tokenizer, prompts):
-    with narrowing.finished_rows_leave(model, 1, [2]):
-        assert not model._forward_pre_hooks and not model._forward_hooks
-
-
-def test_hooks_are_gone_after_an_error(model):
-    with pytest.raises(ZeroDivisionError), narrowing.finished_rows_leave(model, 3, [2]):
-        raise ZeroDivisionError
-    assert not model._forward_pre_hooks and not model._forward_hooks
-
-
-def test_a_cache_of_another_kind_keeps_its_rows(model, tokenizer, many, widths, often, monkeypatch):
-    want = [g.response_ids for g in run(model, tokenizer, many)]
-    widths.clear()
-    monkeypatch.setattr(narrowing, "DynamicCache", type("Other", (), {}))
-    assert [g.response_ids for g in run(model, tokenizer, many)] == want
-    assert set(widths) == {16}

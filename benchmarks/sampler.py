@@ -1,6 +1,6 @@
-"""What it saves that finished rows leave the batch: stock ``generate`` against ``generate_batch``, on the same seeds.
+"""Our sampler against stock ``generate``, on the same seeds: rows that have ended leave, the cache has room to grow.
 
-    .venv/bin/python benchmarks/narrowing.py --model tiny --problems runs/test/problems.jsonl --batch 64
+    .venv/bin/python benchmarks/sampler.py --model tiny --problems runs/test/problems.jsonl --batch 64
 
 The two run one after the other in every round, in changing order, with the sampling of the evaluation (T 0.6, top-p
 0.95, cap 512). Tokens have to be equal, which is checked. On a CPU: one thread, CPU time. Prints a table.
@@ -13,10 +13,11 @@ import statistics
 import time
 
 import torch
+from transformers import GenerationConfig
 
 from neureasoner.inference.steered import encode_prompt, generate_batch
 from neureasoner.models import load
-from neureasoner.sampling import generation_config, left_padded
+from neureasoner.sampling import eos_ids, left_padded, pad_id
 from neureasoner.traces import read_problems
 
 
@@ -32,8 +33,16 @@ def main() -> None:
     torch.set_num_threads(1)
     model, tokenizer = load(args.model)
     prompts = [encode_prompt(tokenizer, p) for p in read_problems(args.problems)[: args.batch]]
-    config = generation_config(model, tokenizer, args.tokens, 0.6, 0.95)
-    ends = set(config.eos_token_id)
+    ends = eos_ids(model, tokenizer)
+    config = GenerationConfig(
+        max_new_tokens=args.tokens,
+        do_sample=True,
+        temperature=0.6,
+        top_p=0.95,
+        top_k=0,
+        eos_token_id=ends,
+        pad_token_id=pad_id(tokenizer, ends),
+    )
     clock = time.perf_counter if model.device.type == "cuda" else time.process_time
 
     def stock(seed: int) -> list[list[int]]:

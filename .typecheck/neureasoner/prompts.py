@@ -1,0 +1,1 @@
+../../neureasoner/prompts.py

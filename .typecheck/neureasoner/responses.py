@@ -1,0 +1,1 @@
+../../neureasoner/responses.py

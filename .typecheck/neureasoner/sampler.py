@@ -1,0 +1,1 @@
+../../neureasoner/sampler.py
