@@ -88,7 +88,7 @@ def test_without_uv_pip_installs_the_same(environment: ModuleType, monkeypatch: 
 def test_a_failed_step_is_an_error_and_leaves_nothing_that_counts_as_done(
     environment: ModuleType, monkeypatch: pytest.MonkeyPatch, fails: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    installers = Installers(environment, monkeypatch, fails)
+    Installers(environment, monkeypatch, fails)
     if fails == "venv":
         monkeypatch.setattr(environment, "run", lambda *_, **__: False)
     assert environment.main(["install"]) == 2
