@@ -178,7 +178,10 @@ def install() -> None:
         return
     if HASH + dependency_hash() not in LOCK.read_text(encoding="utf-8").splitlines():
         raise SetupError("requirements.lock was not made from the dependencies in pyproject.toml: run `make lock`")
-    print(f"Setting up .venv with Python {sys.version.split()[0]} (once; a few minutes)", flush=True)
+    if (folder / STAMP).exists() and not unusable(folder):
+        print("Bringing .venv up to date", flush=True)
+    else:
+        print(f"Setting up .venv with Python {sys.version.split()[0]} (once; a few minutes)", flush=True)
     prepare(folder)
     fill(folder, LOCK, LOCK)
     finish(folder)
