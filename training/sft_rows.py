@@ -15,8 +15,6 @@ from neureasoner.training.sft_config import SftArguments
 
 def ready_tokenizer(script: SftArguments, args: Any) -> Any:
     """The model's tokenizer, with the chat template, EOS and padding that were asked for. Raises UserError."""
-    from jinja2 import TemplateError
-
     from neureasoner.models import load_tokenizer
     from neureasoner.prompts import prompt_text
 
@@ -25,7 +23,7 @@ def ready_tokenizer(script: SftArguments, args: Any) -> Any:
         try:
             tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
             prompt_text(tokenizer, "?")
-        except (UnicodeDecodeError, TemplateError) as e:
+        except (OSError, UnicodeDecodeError, UserError) as e:
             raise UserError(f"chat_template_path: {args.chat_template_path} is no template ({one_line(e)})") from None
         args.chat_template_path = None  # done; TRL would read it after the rows are encoded
     for name in ("eos_token", "pad_token"):
