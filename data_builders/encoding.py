@@ -18,6 +18,7 @@ from typing import Any
 from neureasoner.data_builders.layouts import Reconstruction, Span
 from neureasoner.errors import UserError
 from neureasoner.prompts import prompt_text
+from neureasoner.spelling import loses
 from neureasoner.traces import FINISHED, INTER, INTRA
 
 IGNORE = -100
@@ -57,8 +58,6 @@ def check_spelled(row_id: str, tokenizer: Any, text: str, ids: Sequence[int]) ->
     """
     if tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == text:
         return
-    from neureasoner.spelling import loses
-
     lost = loses(tokenizer, text)
     if lost is not None:
         raise UserError(

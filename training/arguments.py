@@ -12,11 +12,14 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
 from neureasoner.config import closest, read_mapping
 from neureasoner.errors import UserError
+
+# Names that older versions of Transformers (5.16) have for the same options.
+OLDER = {f"activation_checkpointing{end}": f"gradient_checkpointing{end}" for end in ("", "_kwargs")}
 
 
 def parse(
@@ -34,7 +37,9 @@ def parse(
 
     path, argv = _config_file(list(sys.argv[1:] if argv is None else argv))
     parser: Any = Parser(types, allow_abbrev=False)  # type: ignore[arg-type]
-    file = read_mapping(path) if path else {}
+    options = {action.dest for action in parser._actions}
+    argv = [_older(word, options) for word in argv]
+    file = {_older(str(key), options): value for key, value in (read_mapping(path) if path else {}).items()}
     for key, value in (file.pop("env", None) or {}).items():  # as TRL's own files
         os.environ[str(key)] = str(value)
     values = _checked(parser, types, file, str(path))
@@ -49,6 +54,14 @@ def parse(
         raise UserError(f"{e.filename}: {e.strerror}" if e.filename else one_line(e)) from None
     except (ValueError, TypeError, ImportError, argparse.ArgumentTypeError) as e:
         raise e if isinstance(e, UserError) else UserError(one_line(e)) from None
+
+
+def _older(word: str, options: Collection[str]) -> str:
+    """An option (``--name``, ``--name=value`` or a file's ``name``) by the name that this Transformers has for it."""
+    name = word.split("=")[0].removeprefix("--").replace("-", "_")
+    if name in options or OLDER.get(name) not in options:
+        return word
+    return word.replace(word.split("=")[0].removeprefix("--"), OLDER[name], 1)
 
 
 def one_line(error: BaseException) -> str:
@@ -133,6 +146,12 @@ def _check_json(types: Sequence[type], written: Mapping[str, Any]) -> None:
 # ---- Checks that every training script shares
 
 
+def refuse_best(written: Mapping[str, Any]) -> None:
+    """Refuse load_best_model_at_end, before Transformers asks for what would go with it."""
+    if str(written.get("load_best_model_at_end")).lower() in ("true", "yes", "y", "t", "1"):
+        raise UserError("load_best_model_at_end True is not supported: the last update is what is saved")
+
+
 def check_numbers(args: Any) -> None:
     """Refuse settings under which no update is made, or none that moves anything. ``args``: TrainingArguments."""
     if not 0 < args.learning_rate < math.inf:
@@ -186,6 +205,16 @@ def check_machine(args: Any) -> None:
     """Refuse precision that this machine does not have: Accelerate would train in float32 without a word."""
     if args.fp16 and args.device.type == "cpu":
         raise UserError("fp16 needs a GPU, and none is used; leave it out (float32), or set bf16: true")
+
+
+def checkpointing() -> str:
+    """The name that this Transformers has for recomputing activations (once gradient, now activation checkpointing)."""
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    names = {f.name for f in fields(TrainingArguments)}
+    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
 
 def launched_with(what: str) -> bool:

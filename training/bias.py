@@ -50,6 +50,8 @@ def _arguments(config: BiasConfig, rate: float, steps: int, folder: Path) -> Any
     from accelerate import PartialState
     from trl import GRPOConfig, RLOOConfig, SFTConfig
 
+    from neureasoner.training.arguments import checkpointing
+
     device = _device(config)
     parts = config.rows // config.micro_batch
     world = PartialState(cpu=device.type == "cpu").num_processes
@@ -67,7 +69,7 @@ def _arguments(config: BiasConfig, rate: float, steps: int, folder: Path) -> Any
         "max_grad_norm": config.max_grad_norm,
         "per_device_train_batch_size": config.micro_batch,
         "gradient_accumulation_steps": parts // world,
-        "activation_checkpointing": False,
+        checkpointing(): False,
         "bf16": False,
         "use_cpu": device.type == "cpu",
         "seed": config.seed,

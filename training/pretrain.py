@@ -49,7 +49,6 @@ _ORDER = "the corpus comes in its own order, fixed by corpus_seed"
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "eval_strategy": (("no",), "every trace is trained on, none is held out"),
     "eval_on_start": ((False,), "every trace is trained on, none is held out"),
-    "load_best_model_at_end": ((False,), "the last update is what is saved"),
     "train_sampling_strategy": ((), _ORDER),
     "data_seed": ((None,), _ORDER),
     "auto_find_batch_size": ((False,), "batches of like length are made before; lower per_device_train_batch_size"),
@@ -102,6 +101,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[ReasonerArguments, Any]:
     from transformers import TrainingArguments
 
     def presets(written: Mapping[str, Any]) -> dict[str, Any]:
+        arguments.refuse_best(written)
         return {"use_cpu": not torch.cuda.is_available()}
 
     (reasoner, args), written = arguments.parse([ReasonerArguments, TrainingArguments], argv, presets)

@@ -68,10 +68,11 @@ def presets(written: Mapping[str, Any]) -> dict[str, Any]:
     """The paper's values, and what this machine has. ``written``: what the user wrote, which comes before them."""
     import torch
 
+    arguments.refuse_best(written)
     gpu = torch.cuda.is_available()
     machine: dict[str, Any] = {"use_cpu": not gpu, "bf16": gpu and str(written.get("fp16")).lower() != "true"}
     if not {"gradient_checkpointing", "activation_checkpointing"} & set(written):  # two names of one option
-        machine["activation_checkpointing"] = gpu
+        machine[arguments.checkpointing()] = gpu
     if launched_with("DEEPSPEED") and not gpu:
         # DeepSpeed finds the CPU by itself (Accelerate leaves DeepSpeed out where it is told), but needs to be told how
         # the processes talk: Accelerate would count one of them only.

@@ -30,7 +30,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_names": ((None, ["labels"]), _LABELS),
     "auto_find_batch_size": ((False,), "batch_size would no longer hold; lower per_device_train_batch_size"),
     "save_only_model": ((False,), "such a checkpoint cannot be resumed; save_strategy: 'no' writes none"),
-    "load_best_model_at_end": ((False,), "the last update is what is saved"),
     "push_to_hub": ((False,), "checkpoints hold torch files; upload the finished folder instead"),
 }
 
@@ -69,7 +68,10 @@ IDLE: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     ),
     "length_column_name": (_always, "lengths are counted"),
     "liger_kernel_config": (lambda s, a: not a.use_liger_kernel, "use_liger_kernel is off"),
-    "activation_checkpointing_kwargs": (lambda s, a: not a.activation_checkpointing, "activation_checkpointing is off"),
+    **dict.fromkeys(
+        ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+        (lambda s, a: not a.gradient_checkpointing, "checkpointing is off"),
+    ),
     **dict.fromkeys(("lora_alpha", "lora_dropout"), (lambda s, a: not s.lora, "lora is 0")),
     "trigger_init": (lambda s, a: not s.add_triggers, "add_triggers is false"),
     "trigger_descriptions": (

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from neureasoner.data_builders import encoding
 from neureasoner.data_builders.encoding import IGNORE, check_spelled, encode_row, trigger_ids
 from neureasoner.data_builders.layouts import Reconstruction
 from neureasoner.errors import UserError
@@ -113,9 +114,7 @@ def test_what_a_normaliser_changes_is_not_lost(tiny_tokenizer: Any) -> None:
 def test_a_row_that_decodes_to_itself_is_not_looked_at_again(
     tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from neureasoner import spelling
-
-    monkeypatch.setattr(spelling, "loses", lambda *_: pytest.fail("encoded a second time"))
+    monkeypatch.setattr(encoding, "loses", lambda *_: pytest.fail("encoded a second time"))
     encoded = encode_row(row(), tiny_tokenizer, trigger_ids(tiny_tokenizer))
     assert encoded.labels[-1] == tiny_tokenizer.eos_token_id != IGNORE
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from neureasoner import models
 from neureasoner.errors import UserError
 from neureasoner.training import sft
+from neureasoner.training.arguments import checkpointing
 
 NEEDED = ["--data", "x", "--out", "y"]
 
@@ -37,6 +39,7 @@ def refused(match: str, *argv: str) -> None:
         ("auto_find_batch_size", "true", "false"),
         ("save_only_model", "true", "false"),
         ("push_to_hub", "true", "false"),
+        ("load_best_model_at_end", "true", "false"),
         ("gradient_accumulation_steps", "8", "64"),
         ("output_dir", "z", "y"),
         ("eval_strategy", "steps", "no"),
@@ -169,8 +172,11 @@ def test_evaluation_options_that_contradict_each_other_are_refused() -> None:
 def test_the_two_names_of_checkpointing_are_one_option() -> None:
     for value in ("true", "false"):
         _, args = sft.parse([*NEEDED, "--gradient_checkpointing", value])
-        assert args.activation_checkpointing == args.gradient_checkpointing == (value == "true")
-    refused("gradient_checkpointing", "--gradient_checkpointing", "true", "--activation_checkpointing", "false")
+        assert getattr(args, checkpointing()) == args.gradient_checkpointing == (value == "true")
+    _, args = sft.parse(NEEDED)
+    assert args.gradient_checkpointing == torch.cuda.is_available(), "and not TRL's own default"
+    if checkpointing() != "gradient_checkpointing":
+        refused("gradient_checkpointing", "--gradient_checkpointing", "true", "--activation_checkpointing", "false")
 
 
 @pytest.mark.parametrize(
@@ -201,8 +207,6 @@ def test_every_logger_that_is_not_installed_is_refused() -> None:
 
 
 def test_fp16_alone_does_not_meet_our_own_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert sft.presets({})["bf16"] and sft.presets({"fp16": False})["bf16"]
     assert not sft.presets({"fp16": True})["bf16"] and not sft.presets({"fp16": "True"})["bf16"]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import Trainer, TrainerCallback
 
-from neureasoner.training import batches, finite, policy_trainer
+from neureasoner.training import batches, effect, finite, policy_trainer
 
 TRAINERS = [batches.TriggerTrainer, policy_trainer.RlooTrainer, policy_trainer.GrpoTrainer, policy_trainer.PlainTrainer]
 # Methods that only our own code calls.
@@ -40,7 +40,7 @@ def test_what_a_trainer_replaces_is_there_and_is_called(trainer: Any) -> None:
             assert re.search(rf"self\.{name}\b", source), f"nothing upstream calls {name}"
 
 
-@pytest.mark.parametrize("callback", [batches.Lines, policy_trainer.PolicyLines, finite.Guard])
+@pytest.mark.parametrize("callback", [batches.Lines, policy_trainer.PolicyLines, finite.Guard, effect.Moved])
 def test_what_a_callback_listens_to_is_an_event(callback: Any) -> None:
     for name in methods(callback):
         if name.startswith("on_"):
