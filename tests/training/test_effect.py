@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from neureasoner import models
+from neureasoner.data_builders.encoding import IGNORE, trigger_ids
 from neureasoner.errors import UserError
-from neureasoner.training import sft
+from neureasoner.training import masks, sft
 from neureasoner.training.batches import TriggerTrainer
 from neureasoner.training.effect import Moved, check_rates, digests, updates_of
 
@@ -189,6 +190,15 @@ def test_max_grad_norm_0_switches_clipping_off(
         sft.main(*sft.parse(argv(model_folder, train_file, out, *more, "--max_grad_norm", norm)))
         finals.append(load_file(out / "model.safetensors"))
     assert all(torch.equal(finals[0][k], finals[1][k]) for k in finals[0])
+
+
+def test_rows_without_a_label_are_refused(
+    tiny_tokenizer: Any, make_row: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = masks.encode
+    monkeypatch.setattr(masks, "encode", lambda *a: {**real(*a), "labels": [IGNORE] * len(real(*a)["labels"])})
+    with pytest.raises(UserError, match=r"none of the .* tokens has a label"):
+        masks.encode_all([make_row("plain")], tiny_tokenizer, trigger_ids(tiny_tokenizer))
 
 
 def test_a_gradient_of_nothing_is_noticed(

@@ -34,7 +34,7 @@ def test_rows_are_the_mean_of_the_others(
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
     for old, module in zip(before, (model.get_input_embeddings(), model.get_output_embeddings()), strict=True):
         assert torch.equal(module.weight[:known], old), "no other row moves"
-        one, two = (module.weight[place] for (place,) in ids.values())
+        one, two = (module.weight[place].detach() for (place,) in ids.values())
         torch.testing.assert_close((one + two) / 2, old.mean(0), msg="the two have the mean between them")
         assert_near_but_not_one(one, two, old.mean(0))
     assert own_tokenizer.convert_ids_to_tokens(own_tokenizer("a.\n\n<INTRA>\nb").input_ids).count(INTRA) == 1
@@ -77,7 +77,7 @@ def test_tokens_the_matrix_lacks_get_rows_too(make_model: Callable[..., Any], ow
     model = make_model(vocab_size=known - 3)
     mean = model.get_input_embeddings().weight.detach().mean(0)
     assert add_triggers(model, own_tokenizer, init="keep") == {INTRA: [known], INTER: [known + 1]}
-    rows = model.get_input_embeddings().weight[known - 3 :]
+    rows = model.get_input_embeddings().weight[known - 3 :].detach()
     for row in rows[:3]:
         torch.testing.assert_close(row, mean)
     assert_near_but_not_one(rows[3], rows[4], mean)
