@@ -48,6 +48,7 @@ class Steering:
         accept: Sequence[str] = (),
     ):
         self.model, self.layout, self.separators = model, Layout.of(model), Separators.of(tokenizer)
+        self.device = input_device(model)
         self.rules = [r for r in plan.rules if not r.forces and not r.strength.zero]
         self.writes: dict[str, list[Write]] = {}
         self.biases: dict[str, torch.Tensor] = {}
@@ -88,7 +89,7 @@ class Steering:
                 if token >= len(bias):
                     raise UserError(f"token {token} is not in this model's vocabulary; it is another tokenizer's")
                 bias[token] = value
-            self.biases[rule.name] = bias.to(input_device(self.model))
+            self.biases[rule.name] = bias.to(self.device)
 
     @property
     def vocabulary(self) -> int:
@@ -162,7 +163,7 @@ class SteeringRun:
         self._doses: dict[str, Dose] = {}
         self._seen: dict[str, torch.Tensor] = {}
         self._live: torch.Tensor | None = None  # rows the model still reads; None: all
-        self._device = input_device(steering.model)
+        self._device = steering.device
         self._chosen = [r for r, rule in enumerate(self.rules) if rule.edits and _choosy(rule)]
         if self._chosen:
             self._ids = {k: torch.tensor(ids, device=self._device) for k, ids in steering.listed.items()}
