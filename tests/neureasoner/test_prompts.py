@@ -52,6 +52,8 @@ TALK = [{"role": "user", "content": "What is 2 + 2?"}]
         ([{"input_ids": [5, 6]}, "a"], [[5, 6], "a"]),
         ([], []),
         ([[]], [[]]),
+        (np.array(["a", "b"]), ["a", "b"]),
+        (np.array([TALK, TALK], dtype=object), [TALK, TALK]),
     ],
 )
 def test_every_form_is_a_list_of_prompts(given: Any, wanted: list[Any]) -> None:
@@ -71,6 +73,8 @@ def test_every_form_is_a_list_of_prompts(given: Any, wanted: list[Any]) -> None:
         ([[True, False]], "bool"),
         ({"question": "a"}, "keys question"),
         ([3.5], "float"),
+        ([torch.tensor(True)], "prompt"),
+        (np.array([0.5]), "float"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, "attention_mask"),
     ],
 )
@@ -122,6 +126,12 @@ def test_an_answer_that_has_begun_goes_on(tiny_tokenizer: Any) -> None:
         ([{"role": "system", "content": "x"}, *TALK], {"system": "y"}, "system is given"),
         ([{"role": "user"}], {}, "'content'"),
         ([{"role": "user", "content": [{"type": "image"}]}], {}, "type 'image'"),
+        ([{"role": "user", "content": None}], {}, "user.*NoneType"),
+        ([{"role": "user", "content": {"a": 1}}], {}, "user.*dict"),
+        ([{"role": None, "content": "a"}], {}, "role"),
+        ("a", {"system": ["b"]}, "system.*str"),
+        ("a", {"template": "enable_thinking"}, "chat_template_kwargs"),
+        ("half a character: \ud83d", {}, "ud83d"),
     ],
     ids=repr,
 )
