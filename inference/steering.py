@@ -119,8 +119,12 @@ class Steering:
                 raise UserError(
                     f"strengths name rule {name!r}, which takes none; those that do: {self.per_row or 'none'}"
                 )
-            if len(values) != rows or not np.isfinite(np.asarray(values, dtype=np.float64)).all():
-                raise UserError(f"rule {name}: {rows} finite strengths are needed, one a row, got {list(values)[:4]}")
+            try:
+                found = np.asarray(values, dtype=np.float64)
+            except (TypeError, ValueError):
+                found = np.zeros(0)
+            if found.shape != (rows,) or not np.isfinite(found).all():
+                raise UserError(f"rule {name}: {rows} finite strengths are needed, one a row, got {str(values)[:60]}")
 
 
 def _check(direction: Direction, model: Any, accept: Sequence[str]) -> None:
