@@ -254,7 +254,8 @@ def _reader(layout: Layout, site: Site, device: torch.device) -> Callable[[torch
             if index is not None:
                 value = value.index_select(-2, index)
             # float32, because a norm sums squares and half precision overflows
-            return torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)
+            wide = torch.promote_types(value.dtype, torch.float32)
+            return torch.linalg.vector_norm(value, dim=-1, dtype=wide).float()
         return value if index is None else value.index_select(-1, index)
 
     return read
