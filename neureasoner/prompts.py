@@ -214,19 +214,19 @@ def _message(given: Any) -> dict[str, Any]:
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, Any]], template: dict[str, Any]) -> str:
-    from jinja2 import TemplateError
-
     if tokenizer.chat_template is None:
         return _plain(tokenizer, messages, template)
     goes_on = messages[-1]["role"] == "assistant"
+    roles = ", ".join(m["role"] for m in messages)
     try:
         text = tokenizer.apply_chat_template(
             messages, add_generation_prompt=not goes_on, continue_final_message=goes_on, tokenize=False, **template
         )
-    except (TemplateError, ValueError, TypeError, KeyError) as e:
+    except Exception as e:  # a template is a program of the model's folder, and fails by errors of any kind
         said = (str(e).strip() or type(e).__name__).splitlines()[0]
-        roles = ", ".join(str(m["role"]) for m in messages)
         raise UserError(f"the chat template refuses these messages (roles {roles}): {said}") from None
+    if not text:
+        raise UserError(f"the chat template writes nothing for these messages (roles {roles})")
     return str(text)
 
 

@@ -147,6 +147,18 @@ def test_what_a_template_refuses_is_one_line(tiny_tokenizer: Any) -> None:
         encode_prompt(tokenizer, "hi", system="x")
 
 
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [("", "writes nothing"), ("{{ 1 / 0 }}", "division"), ("{{ messages[0].content.a.b }}", "'a'"),
+     ("{{ broken", "end of"), ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "recursion")],
+)  # fmt: skip
+def test_a_template_that_fails_is_one_line(tiny_tokenizer: Any, template: str, words: str) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=rf"chat template .*roles user.*{words}|chat template {words}.*roles user"):
+        encode_prompt(tokenizer, "hi")
+
+
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_base_model_is_asked_plainly(tiny_tokenizer: Any, bos: bool) -> None:
     """As its own tokenizer would encode the text, special tokens and all."""
