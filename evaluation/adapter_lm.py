@@ -24,6 +24,7 @@ from typing import Any
 
 from neureasoner.errors import UserError
 from neureasoner.inference.steered import SteeredModel
+from neureasoner.models import input_device
 from neureasoner.sampling import Sampling, eos_ids, pad_id
 from neureasoner.thinking import CLOSED, OPEN, state_of, thinking_state
 from neureasoner.traces import THINK_CLOSE
@@ -173,12 +174,12 @@ class AdapterLM(TemplateLM):
             places = order[start : start + self.size]
             rows = [(requests[i][1] + requests[i][2])[-self.max_length - 1 :] for i in places]
             width = max(len(r) - 1 for r in rows)
-            ids = torch.full((len(rows), width), self.eot_token_id)
+            ids = torch.zeros(len(rows), width, dtype=torch.long)
             mask = torch.zeros_like(ids)
             for b, row in enumerate(rows):  # padded on the right: a causal model never looks there
                 ids[b, : len(row) - 1] = torch.tensor(row[:-1])
                 mask[b, : len(row) - 1] = 1
-            device = self.model.model.device
+            device = input_device(self.model.model)
             with torch.inference_mode():
                 logits = self.model.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
             for b, (i, row) in enumerate(zip(places, rows, strict=True)):

@@ -73,7 +73,7 @@ class Controller:
                     f"{self.steering.vocabulary}; model and tokenizer do not belong together"
                 )
         self.separators = Separators.of(tokenizer)
-        self.record = [str(Site.parse(s)) for s in record]
+        self.record = [str(Site.parse(s)) for s in ([record] if isinstance(record, str) else record)]
         sites = list(self.record)
         for rule in plan.rules:
             sites += self._check(rule, accept)

@@ -24,8 +24,8 @@ from neureasoner.inference.assemble import CARD, assemble
 from neureasoner.inference.controller import Controller, Oracle
 from neureasoner.inference.decode import Generation, OnText, generate_batch
 from neureasoner.inference.plan import PLAN_FILE, Plan
-from neureasoner.prompts import Prompt, as_prompts, encode_prompt
-from neureasoner.sampling import Sampling, eos_ids
+from neureasoner.prompts import Prompt, as_prompts, check_ids, encode_prompt
+from neureasoner.sampling import Sampling, check_whole, eos_ids
 from neureasoner.traces import Problem
 
 __all__ = ["Generation", "Prompt", "SteeredModel", "assemble", "encode_prompt", "generate_batch"]
@@ -37,11 +37,11 @@ INSTEAD = {
     "input_ids": "give them as the prompts",
     "inputs": "give them as the prompts",
     "attention_mask": "give the tokenizer's whole output as the prompts",
-    "max_length": "max_new_tokens",
-    "max_tokens": "max_new_tokens",
-    "streamer": "on_text",
-    "n": "num_return_sequences",
-    "generation_config": "its fields one by one",
+    "max_length": "use max_new_tokens",
+    "max_tokens": "use max_new_tokens",
+    "streamer": "use on_text",
+    "n": "use num_return_sequences",
+    "generation_config": "give its fields one by one",
 }
 
 
@@ -265,12 +265,12 @@ class SteeredModel:
         such a thing, an argument that is not known another.
         """
         for name in unknown:
-            hint = f"; use {INSTEAD[name]}" if name in INSTEAD else ""
+            hint = f"; {INSTEAD[name]}" if name in INSTEAD else ""
             raise UserError(f"generate takes no '{name}'{hint}")
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, min_p)
-        for key, value in (("batch_size", batch_size), ("num_return_sequences", num_return_sequences)):
-            if value < 1:
-                raise UserError(f"{key} must be at least 1, got {value}")
+        check_whole("batch_size", batch_size, 1)
+        check_whole("num_return_sequences", num_return_sequences, 1)
+        check_whole("seed", seed)
         for rule in self.plan.rules:
             t = rule.trigger
             if rule.evaluated and max(t.min_steps, t.at_step or 0, t.min_tokens, t.every or 0) >= max_new_tokens:
@@ -280,13 +280,14 @@ class SteeredModel:
                 )
         pad, n = self.tokenizer.pad_token_id, num_return_sequences
         given = as_prompts(prompts, None if pad in eos_ids(self.model, self.tokenizer) else pad)
-        strengths = {name: [x for x in values for _ in range(n)] for name, values in (strengths or {}).items()}
         size = 1 if on_text is not None else batch_size
-        watched = bool(self.plan.rules) or bool(record)
+        watched = bool(self.plan.rules) or bool(record) or bool(strengths)
         controller = self.controller(oracles, record) if watched else None
         if controller is not None:
-            controller.steering.check_strengths(strengths, n * len(given))
+            controller.steering.check_strengths(strengths, len(given))
+        strengths = {name: [x for x in values for _ in range(n)] for name, values in (strengths or {}).items()}
         encoded = [encode_prompt(self.tokenizer, p, nothinking, system, chat_template_kwargs) for p in given]
+        check_ids(encoded, int(self.model.get_input_embeddings().num_embeddings))
         jobs = [i for i in range(len(given)) for _ in range(n)]
         done: list[Generation] = []
         for b, start in enumerate(range(0, len(jobs), size)):
@@ -297,9 +298,9 @@ class SteeredModel:
                 self.tokenizer,
                 [encoded[i] for i in part],
                 **asdict(sampling),
-                seed=seed + 1_000_003 * b,
+                seed=int(seed) + 1_000_003 * b,
                 controller=controller,
-                controller_seed=seed,
+                controller_seed=int(seed),
                 indices=list(places),
                 problems=[p if isinstance(p := given[i], Problem) else None for i in part],
                 on_text=on_text,

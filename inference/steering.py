@@ -48,6 +48,7 @@ class Steering:
         accept: Sequence[str] = (),
     ):
         self.model, self.layout, self.separators = model, Layout.of(model), Separators.of(tokenizer)
+        self.device = input_device(model)
         self.rules = [r for r in plan.rules if not r.forces and not r.strength.zero]
         self.writes: dict[str, list[Write]] = {}
         self.biases: dict[str, torch.Tensor] = {}
@@ -88,7 +89,7 @@ class Steering:
                 if token >= len(bias):
                     raise UserError(f"token {token} is not in this model's vocabulary; it is another tokenizer's")
                 bias[token] = value
-            self.biases[rule.name] = bias.to(input_device(self.model))
+            self.biases[rule.name] = bias.to(self.device)
 
     @property
     def vocabulary(self) -> int:
@@ -118,8 +119,12 @@ class Steering:
                 raise UserError(
                     f"strengths name rule {name!r}, which takes none; those that do: {self.per_row or 'none'}"
                 )
-            if len(values) != rows or not np.isfinite(np.asarray(values, dtype=np.float64)).all():
-                raise UserError(f"rule {name}: {rows} finite strengths are needed, one a row, got {list(values)[:4]}")
+            try:
+                found = np.asarray(values, dtype=np.float64)
+            except (TypeError, ValueError):
+                found = np.zeros(0)
+            if found.shape != (rows,) or not np.isfinite(found).all():
+                raise UserError(f"rule {name}: {rows} finite strengths are needed, one a row, got {str(values)[:60]}")
 
 
 def _check(direction: Direction, model: Any, accept: Sequence[str]) -> None:
@@ -162,7 +167,7 @@ class SteeringRun:
         self._doses: dict[str, Dose] = {}
         self._seen: dict[str, torch.Tensor] = {}
         self._live: torch.Tensor | None = None  # rows the model still reads; None: all
-        self._device = input_device(steering.model)
+        self._device = steering.device
         self._chosen = [r for r, rule in enumerate(self.rules) if rule.edits and _choosy(rule)]
         if self._chosen:
             self._ids = {k: torch.tensor(ids, device=self._device) for k, ids in steering.listed.items()}

@@ -7,14 +7,13 @@ else one).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from neureasoner.directions import Direction
 from neureasoner.errors import UserError
 from neureasoner.inference.rules import DIRECTED, Rule, wild_kind
-from neureasoner.sites import INDEXED, Layout, Site
+from neureasoner.sites import INDEXED, Layout, Site, runs_on, values_of
 
 DENSE = ("residual", "attn_out", "mlp_out")
 
@@ -129,7 +128,7 @@ def writes_of(rule: Rule, direction: Direction | None, layout: Layout) -> list[W
 
 def _write(rule: Rule, direction: Direction | None, layout: Layout, site: Site) -> Write:
     place = Site(site.kind, site.layer)
-    device = next(layout.module(place)[0].parameters()).device
+    device = runs_on(*layout.module(place)[0].modules())
     index = _channels(site, layout, device)
     if rule.action.kind == "set":
         return Write(rule, place, index, torch.full((1, 1), float(rule.action.set or 0.0), device=device))
@@ -147,10 +146,10 @@ def _write(rule: Rule, direction: Direction | None, layout: Layout, site: Site) 
 
 def _head_projection(rule: Rule, layout: Layout, site: Site, vector: torch.Tensor) -> Write:
     """Scale the component along ``vector [D]`` of what heads write (ThinkEdit, related.md B1): an edit of attn_out."""
-    project: Any = layout.module(Site("head", site.layer))[0]
+    project = values_of(layout.module(Site("head", site.layer))[0]).to(vector.device)
     heads = range(layout.n_heads) if site.indices is None else site.indices
     columns = _of_heads(torch.tensor(list(heads), device=vector.device), layout)
-    reader = project.weight.detach()[:, columns].float().T @ vector
+    reader = project[:, columns].float().T @ vector
     return Write(rule, Site("attn_out", site.layer), None, vector[None], columns, reader)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from neureasoner.artifacts import fingerprint as hash_of
 from neureasoner.errors import UserError
-from neureasoner.sites import Layout, hooks_of
+from neureasoner.sites import Layout, values_of
 from neureasoner.weights import weight_files
 
 if TYPE_CHECKING:
@@ -63,29 +63,25 @@ def weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
     Raises UserError naming a parameter that has no value at all.
     """
-    named = dict(sorted(model.named_parameters()))
+    names = sorted(name for name, _ in model.named_parameters())
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if hasattr(model.lm_head, "_hf_hook") and getattr(model.config, "tie_word_embeddings", False):
         import torch
 
         # offloading parts what is tied
-        if head in named and torch.equal(_here(model, head, named[head]), _here(model, embedding, named[embedding])):
-            del named[head]
-    for name, value in named.items():
-        yield name, _here(model, name, value)
+        if head in names and torch.equal(_here(model, head), _here(model, embedding)):
+            names.remove(head)
+    for name in names:
+        yield name, _here(model, name)
 
 
-def _here(model: Any, name: str, value: torch.Tensor) -> torch.Tensor:
+def _here(model: Any, name: str) -> torch.Tensor:
     """The values of a parameter; those that accelerate has put away are fetched, on the CPU."""
-    if value.device.type != "meta":
-        return value.detach()
     parent, _, leaf = name.rpartition(".")
-    for hook in hooks_of(model.get_submodule(parent)):
-        kept = getattr(hook, "weights_map", None)
-        if kept is not None:
-            found: torch.Tensor = kept[leaf]
-            return found.to(value.dtype)
-    raise UserError(f"{name} of {type(model).__name__} has no values (device meta); load the weights first")
+    value = values_of(model.get_submodule(parent), leaf)
+    if value.device.type == "meta":
+        raise UserError(f"{name} of {type(model).__name__} has no values (device meta); load the weights first")
+    return value
 
 
 class _Digest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from neureasoner.errors import UserError
@@ -9,6 +10,8 @@ from neureasoner.errors import UserError
 ASSETS = Path(__file__).parent / "assets"
 # The tiny reasoner, and what `neureasoner run full` made of it: fine-tuned on triggers, with probes and a plan.
 SHIPPED = {name: ASSETS / name for name in ("tiny", "tiny-steered")}
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 BIG = 1 << 28  # bytes; larger files are told apart by the fingerprint of the loaded weights
 
 
@@ -33,11 +36,19 @@ def adapter(folder: Path) -> str:
 
 def instead_of_weights(folder: Path) -> str:
     """What a folder without ``model.safetensors`` holds instead, and what to do; empty if nothing is known."""
+    if (folder / WHOLE).is_file() or (folder / INDEX).is_file():
+        return ""
     for pattern, what in OTHER_WEIGHTS.items():
         found = sorted(folder.glob(pattern))
         if found:
             return f"holds no model.safetensors but {found[0].name}, {what}"
     return ""
+
+
+def refuse_no_file(path: Path) -> None:
+    """Raises UserError for a name that is there but is no file: a folder, or (in a hub's cache) a link to nothing."""
+    if os.path.lexists(path) and not path.is_file():
+        raise UserError(f"{path}: is no file but a folder or a link to nothing; download or copy it again")
 
 
 def resolve(name: str) -> str:
@@ -51,6 +62,7 @@ def resolve(name: str) -> str:
         return str(SHIPPED[name])
     path = Path(name).expanduser()
     if path.is_dir():
+        refuse_no_file(path / "config.json")
         if not (path / "config.json").is_file():
             hint = adapter(path) or instead_of_weights(path)
             raise UserError(

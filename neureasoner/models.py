@@ -172,6 +172,11 @@ def _config(name: str) -> Any:
         )
     if quantisation(config):
         refuse_quantised(f"model '{name}'", quantisation(config))
+    if not -config.vocab_size <= (config.pad_token_id or 0) < max(config.vocab_size, 1):
+        raise UserError(
+            f"model '{name}': pad_token_id in its config.json is {config.pad_token_id}, but vocab_size "
+            f"{config.vocab_size}; set it to an id of the tokenizer, or to null"
+        )
     if folder.is_dir():
         check_weights(folder)
         if (folder / GENERATION).is_file():

@@ -36,7 +36,9 @@ def as_prompts(prompts: Any, pad: int | None = None) -> list[Prompt]:
         rows = _listed(prompts)
         if not isinstance(rows, list):
             raise UserError(f"prompts: a single number is no prompt; give {FORMS}")
-        return [_stripped(r, pad) for r in rows] if rows and isinstance(rows[0], list) else [_ids(rows)]
+        if not rows or (isinstance(rows[0], list) and not any(map(_is_message, rows[0]))):
+            return [_stripped(r, pad) for r in rows] or [[]]
+        prompts = rows  # one row of ids, or an array of texts or messages
     if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):
         raise UserError(f"prompts: {type(prompts).__name__} is no prompt; give {FORMS}")
     listed = list(prompts)
@@ -95,7 +97,7 @@ def _listed(value: Any) -> Any:
 
 def _is_int(value: Any) -> bool:
     return (isinstance(value, Integral) and not isinstance(value, bool)) or (
-        hasattr(value, "item") and getattr(value, "ndim", 1) == 0 and isinstance(value.item(), int)
+        hasattr(value, "item") and getattr(value, "ndim", 1) == 0 and type(value.item()) is int
     )
 
 
@@ -135,7 +137,14 @@ def prompt_text(tokenizer: Any, question: str) -> str:
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a rendered prompt or a piece of a response; nothing is added, the text has what it wants."""
+    """Token ids of a rendered prompt or a piece of a response; nothing is added, the text has what it wants.
+
+    Raises UserError for a text that is none: with half of a character (a lone surrogate, as broken JSON holds them).
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"a text holds {text[e.start]!r} at {e.start}, half of a character; repair it first") from None
     return [int(i) for i in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
@@ -164,6 +173,8 @@ def encode_prompt(
         prompt = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, Mapping):
         prompt = [prompt]
+    if not isinstance(template or {}, Mapping):
+        raise UserError(f"chat_template_kwargs has to be a mapping of settings to values, got {template!r}")
     if not prompt or not isinstance(prompt[0], Mapping):
         if system is not None or template:
             raise UserError(
@@ -175,15 +186,18 @@ def encode_prompt(
     if system is not None:
         if messages[0]["role"] == "system":
             raise UserError("system is given, but the conversation has a system message of its own")
-        messages = [{"role": "system", "content": system}, *messages]
+        messages = [_message({"role": "system", "content": system}), *messages]
     text = _rendered(tokenizer, messages, dict(template or {}))
     ids = encode_text(tokenizer, text)
     return encode_text(tokenizer, text + closed_thinking(ids, tokenizer)) if nothinking else ids
 
 
 def _message(given: Any) -> dict[str, Any]:
-    """A message with its text parts joined. Raises UserError for a part that is no text."""
+    """A message with its text parts joined. Raises UserError for a part that is no text, and for one without any that
+    calls no tool."""
     message = dict(given)
+    if not isinstance(message["role"], str):
+        raise UserError(f"a message has {message['role']!r} for its role; name one, such as 'user'")
     content = message.get("content")
     if isinstance(content, list | tuple):
         for part in content:
@@ -193,25 +207,26 @@ def _message(given: Any) -> dict[str, Any]:
                     f"a message of role {message['role']!r} has a part of type {kind!r}; only text is taken"
                 )
         message["content"] = "".join(part["text"] for part in content)
-    elif content is None and "content" not in message:
-        raise UserError(f"a message of role {message['role']!r} has no 'content'")
+    elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        kind = type(content).__name__
+        raise UserError(f"a message of role {message['role']!r} has no text as its 'content' but a {kind}")
     return message
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, Any]], template: dict[str, Any]) -> str:
-    from jinja2 import TemplateError
-
     if tokenizer.chat_template is None:
         return _plain(tokenizer, messages, template)
     goes_on = messages[-1]["role"] == "assistant"
+    roles = ", ".join(m["role"] for m in messages)
     try:
         text = tokenizer.apply_chat_template(
             messages, add_generation_prompt=not goes_on, continue_final_message=goes_on, tokenize=False, **template
         )
-    except (TemplateError, ValueError, TypeError, KeyError) as e:
+    except Exception as e:  # a template is a program of the model's folder, and fails by errors of any kind
         said = (str(e).strip() or type(e).__name__).splitlines()[0]
-        roles = ", ".join(str(m["role"]) for m in messages)
         raise UserError(f"the chat template refuses these messages (roles {roles}): {said}") from None
+    if not text:
+        raise UserError(f"the chat template writes nothing for these messages (roles {roles})")
     return str(text)
 
 

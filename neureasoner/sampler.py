@@ -75,16 +75,16 @@ class Run:
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, pad: int, seed: int):
         if not prompts or any(not p for p in prompts):
             raise UserError("a prompt is empty; give every prompt at least one token")
-        self.model, self.sampling, self.pad = model, sampling, pad
-        self.device = input_device(model)
-        self.ids, self.mask = left_padded(prompts, pad, self.device)
+        self.model, self.sampling, self.device = model, sampling, input_device(model)
+        self.pad = pad if 0 <= pad < model.get_input_embeddings().num_embeddings else 0  # read, though masked
+        self.ids, self.mask = left_padded(prompts, self.pad, self.device)
         self.rows, self.width = self.ids.shape
         self.pads = self.width - self.mask.sum(1)
         self.length, self.limit = self.width, self.width + sampling.max_new_tokens
         self.live = torch.arange(self.rows, device=self.device)
         self.done = torch.zeros(self.rows, dtype=torch.bool, device=self.device)
         self.counts = torch.zeros(self.rows, dtype=torch.long, device=self.device)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.generator = torch.Generator(self.device).manual_seed(int(seed) % 2**64)
         self.cache: Any = None
         self._narrowed: tuple[torch.Tensor, torch.Tensor] | None = None  # mask and pads of the live rows
 
@@ -207,6 +207,7 @@ def sample(
             while True:
                 with mine():
                     scores = run.read()
+                _check_numbers(scores[~run.done])
                 for processor in chain:
                     scores = processor(run.ids[:, : run.length], scores)
                 warped = sampling.warped(scores)
@@ -226,6 +227,15 @@ def sample(
         if was_training:
             model.train()
     return Sampled(_rows(run, set(ends), kept), run)
+
+
+def _check_numbers(scores: torch.Tensor) -> None:
+    """Raises UserError for scores that nothing can be drawn from; the greedy token would be the same for ever."""
+    if not bool((scores < torch.inf).all()):
+        raise UserError(
+            "the model's scores are NaN or infinite; in float16 values overflow (load with dtype bfloat16 or float32), "
+            "else its weights are damaged or a plan steers it too strongly"
+        )
 
 
 def _rows(run: Run, ends: set[int], kept: Sequence[torch.Tensor]) -> list[Drawn]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from neureasoner.errors import UserError
@@ -24,9 +25,14 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     """
     listed: list[Any] = []
     for source in (getattr(model, "generation_config", None), tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        listed += list(ids) if isinstance(ids, list | tuple) else [ids]
-    return list(dict.fromkeys(int(i) for i in listed if i is not None))
+        ids: Any = getattr(source, "eos_token_id", None)
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        listed += list(ids) if isinstance(ids, list | tuple | set) else [ids]
+    found = [i for i in listed if i is not None]
+    wrong = [i for i in found if not isinstance(i, Integral) or isinstance(i, bool)]
+    if wrong:
+        raise UserError(f"eos_token_id holds {wrong[0]!r}; it has to be an id or a list of ids")
+    return list(dict.fromkeys(map(int, found)))
 
 
 def pad_id(tokenizer: Any, ends: Sequence[int] = ()) -> int:
@@ -46,6 +52,13 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[t
     return ids.to(device), mask.to(device)
 
 
+def check_whole(key: str, value: Any, least: int | None = None) -> None:
+    """Raises UserError naming a setting that is no whole number, or less than it has to be."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or (least is not None and value < least):
+        limit = "" if least is None else f" and at least {least}"
+        raise UserError(f"{key} must be a whole number{limit}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the tokens of a response are chosen. Raises UserError naming the setting that is out of range.
@@ -62,14 +75,16 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        check_whole("max_new_tokens", self.max_new_tokens, 1)
+        check_whole("top_k", self.top_k, 0)  # 0: all tokens
+        for key in ("temperature", "top_p", "min_p"):
+            value = getattr(self, key)
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise UserError(f"{key} must be a number, got {value!r}")
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise UserError(f"top_k must be 0 (all tokens) or more, got {self.top_k}")
         if not 0 <= self.min_p < 1:
             raise UserError(f"min_p must lie in [0, 1), got {self.min_p}")
 
@@ -81,7 +96,7 @@ class Sampling:
         if self.temperature not in (0, 1):
             chain.append(TemperatureLogitsWarper(float(self.temperature)))
         if self.temperature and self.top_k:
-            chain.append(TopKLogitsWarper(self.top_k))
+            chain.append(TopKLogitsWarper(int(self.top_k)))
         if self.temperature and self.top_p < 1:
             chain.append(TopPLogitsWarper(self.top_p))
         if self.temperature and self.min_p:

@@ -216,6 +216,18 @@ def hooks_of(module: Any) -> list[Any]:
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
+def values_of(module: Any, name: str = "weight") -> torch.Tensor:
+    """A module's parameter, fetched where accelerate keeps its values elsewhere; ``meta`` if nobody has them."""
+    value: torch.Tensor = getattr(module, name)
+    if value.device.type == "meta":
+        for hook in hooks_of(module):
+            kept = getattr(hook, "weights_map", None)
+            if kept is not None:
+                found: torch.Tensor = kept[name]
+                return found.to(value.dtype)
+    return value.detach()
+
+
 def runs_on(*modules: Any) -> torch.device:
     """Where the first of these modules runs, whoever of them knows it. ``meta`` if none does.
 
@@ -242,7 +254,8 @@ def _reader(layout: Layout, site: Site, device: torch.device) -> Callable[[torch
             if index is not None:
                 value = value.index_select(-2, index)
             # float32, because a norm sums squares and half precision overflows
-            return torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)
+            wide = torch.promote_types(value.dtype, torch.float32)
+            return torch.linalg.vector_norm(value, dim=-1, dtype=wide).float()
         return value if index is None else value.index_select(-1, index)
 
     return read

@@ -12,11 +12,9 @@ from typing import Any
 
 from neureasoner.artifacts import read_json
 from neureasoner.errors import UserError
-from neureasoner.model_files import adapter, instead_of_weights
+from neureasoner.model_files import INDEX, WHOLE, adapter, instead_of_weights, refuse_no_file
 from neureasoner.sites import refuse_quantised
 
-WHOLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 POINTER = b"version https://git-lfs.github.com/spec/"
 GENERATION = "generation_config.json"
 CONFIGS = ("config.json", GENERATION, INDEX)
@@ -58,9 +56,11 @@ def check_weights(folder: Path) -> None:
 
 
 def check_texts(folder: Path, names: tuple[str, ...]) -> None:
-    """Raises UserError for a file that git-lfs left as a pointer, and for one of ``names`` without a JSON object."""
-    for file in sorted(folder.iterdir()):
-        if file.suffix in READ and file.is_file() and _start(file, len(POINTER)) == POINTER:
+    """Raises UserError for what is no file, one that git-lfs left as a pointer, and one of ``names`` without a JSON
+    object."""
+    for file in sorted(f for f in folder.iterdir() if f.suffix in READ):
+        refuse_no_file(file)
+        if _start(file, len(POINTER)) == POINTER:
             raise UserError(
                 f"{file}: is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder, or download it"
             )
@@ -111,5 +111,8 @@ def _object(file: Path) -> dict[str, Any]:
 
 
 def _start(file: Path, n: int) -> bytes:
-    with file.open("rb") as f:
-        return f.read(n)
+    try:
+        with file.open("rb") as f:
+            return f.read(n)
+    except OSError as e:
+        raise UserError(f"{file}: cannot be read ({e.strerror})") from None

@@ -85,7 +85,7 @@ def read_channels(
     values = torch.zeros(*ids.shape, len(channels), device=ids.device)
 
     def keep(site: str, value: torch.Tensor) -> None:
-        values[:, :, places[site]] = value.float()
+        values[:, :, places[site]] = value.float().to(values.device)
         sites.pop(site, None)
 
     with torch.inference_mode(), read_sites(model, list(sites), keep):

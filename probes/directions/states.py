@@ -18,6 +18,7 @@ import torch
 
 from neureasoner.errors import UserError
 from neureasoner.forward import read
+from neureasoner.models import input_device
 from neureasoner.probes.attribution.contrast import encode
 from neureasoner.probes.attribution.rcn_config import RcnConfig
 from neureasoner.probes.directions.config import CONTRASTS, DirectionsConfig
@@ -149,7 +150,7 @@ def read_states(
 
 def _read_batch(model: Any, batch: Sequence[States], sites: Sequence[str]) -> dict[str, np.ndarray]:
     """Site -> the states of all rows of one batch, one after the other ``[sum of P, C]`` float64."""
-    layout, device = Layout.of(model), next(model.parameters()).device
+    layout, device = Layout.of(model), input_device(model)
     width = max(len(s.ids) for s in batch)
     ids = torch.tensor([s.ids + [0] * (width - len(s.ids)) for s in batch], device=device)
     pooled = batch[0].pooled

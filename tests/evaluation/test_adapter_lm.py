@@ -172,6 +172,16 @@ def test_log_likelihoods_are_the_plain_models(lm: Any) -> None:
 
 
 @needs_harness
+def test_log_likelihoods_of_weights_that_lie_elsewhere(lm: Any) -> None:
+    from accelerate import cpu_offload
+
+    asked = [request("Tom has 3 apples", " and buys 14 more."), request("a", "b c")]
+    expected = lm.loglikelihood(asked, disable_tqdm=True)
+    cpu_offload(lm.model.model, execution_device=torch.device("cpu"))
+    assert lm.loglikelihood(asked, disable_tqdm=True) == expected
+
+
+@needs_harness
 def test_rolling_log_likelihood_is_that_of_the_whole_text(lm: Any) -> None:
     text = "Okay, let me think about 12 + 30 = 42."
     expected, _ = slow_log_p(lm.model.model, [lm.eot_token_id], lm.tok_encode(text))

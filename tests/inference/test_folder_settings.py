@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from neureasoner.directions import Direction
 from neureasoner.errors import UserError
 from neureasoner.forward import cache_argument
-from neureasoner.inference.plan import Action, Plan, Rule, Trigger
+from neureasoner.inference.plan import Action, Plan, Rule, Strength, Trigger
 from neureasoner.inference.steered import SteeredModel
 from neureasoner.models import load
 
@@ -113,13 +113,51 @@ def test_stock_generate_without_a_cache_is_refused_under_a_rule_that_counts_toke
 
 @pytest.mark.parametrize(
     ("name", "value", "instead"),
-    [("do_sample", False, "temperature"), ("max_length", 9, "max_new_tokens"), ("num_beams", 2, "beam"),
+    [("do_sample", False, "; temperature=0 is"), ("max_length", 9, "use max_new_tokens"), ("num_beams", 2, "; beam"),
      ("repetition_penalty", 1.2, ""), ("stop_strings", ["a"], ""), ("input_ids", [[5]], "prompts")],
 )  # fmt: skip
 def test_an_argument_that_is_not_taken_is_named(folder: Path, name: str, value: Any, instead: str) -> None:
     model, tokenizer = load(str(folder), device="cpu")
     with pytest.raises(UserError, match=f"'{name}'.*{instead}"):
         SteeredModel(model, tokenizer, PLANS["plain"]).generate(["a"], **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seed", None), ("seed", 1.5), ("seed", "1"), ("batch_size", None), ("batch_size", 2.5),
+     ("num_return_sequences", 2.0), ("num_return_sequences", None)],
+)  # fmt: skip
+def test_a_setting_of_another_type_is_named(folder: Path, key: str, value: Any) -> None:
+    model, tokenizer = load(str(folder), device="cpu")
+    with pytest.raises(UserError, match=f"{key} .*{value!r}"):
+        SteeredModel(model, tokenizer, PLANS["plain"]).generate(["a"], **{key: value})
+
+
+def test_prompts_are_checked_before_the_first_is_answered(folder: Path) -> None:
+    model, tokenizer = load(str(folder), device="cpu")
+    asked: list[int] = []
+    with pytest.raises(UserError, match="prompt 2 has token id 99999"):
+        SteeredModel(model, tokenizer, PLANS["plain"]).generate(
+            ["a", "b", [99999]], batch_size=1, max_new_tokens=2, progress=lambda done, _: asked.append(done)
+        )
+    assert not asked
+
+
+@pytest.mark.parametrize("given", [2.0, ["a", "b"], [1.0], None, iter([1.0, 2.0]), [[1.0, 2.0]]], ids=str)
+def test_strengths_that_are_no_numbers_a_row_are_named(folder: Path, given: Any) -> None:
+    model, tokenizer = load(str(folder), device="cpu")
+    rule = Rule("r", Trigger(decode=True), Action(add=True), direction="d", strength=Strength(per_row=True))
+    steered = SteeredModel(model, tokenizer, Plan("x", (rule,)), directions={"d": DENSE})
+    with pytest.raises(UserError, match="rule r: 2 finite"):
+        steered.generate(["a", "b"], max_new_tokens=2, strengths={"r": given})
+    with pytest.raises(UserError, match="rule 'r'"):
+        SteeredModel(model, tokenizer, PLANS["plain"]).generate(["a"], strengths={"r": given})
+
+
+def test_one_site_to_record_may_be_bare(folder: Path) -> None:
+    model, tokenizer = load(str(folder), device="cpu")
+    [one] = SteeredModel(model, tokenizer, PLANS["plain"]).generate("a", max_new_tokens=3, record="residual:1")
+    assert one.series["residual:1"].shape == (len(one.response_ids) - 1, 32)
 
 
 def test_several_responses_a_prompt(folder: Path) -> None:

@@ -177,6 +177,21 @@ def test_a_direction_of_hidden_size_at_heads_projects_what_they_write(make_model
     torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
 
 
+HEADS_BY_BLOCK = rule({"scale": True}, ALL, site=("head:1[0,2]",)), Direction({"attn_out:1": VECTOR}, "positive = x")
+
+
+@pytest.mark.parametrize("case", [*CASES, "heads against a direction of hidden size"])
+def test_weights_that_lie_elsewhere_are_steered_alike(make_model, tokenizer, prompts, case):
+    from accelerate import cpu_offload
+
+    plan, direction = CASES[case][:2] if case in CASES else HEADS_BY_BLOCK
+    want = logits_of(make_model(), tokenizer, prompts[0], plan, direction or {}, 5)
+    offloaded = cpu_offload(make_model(), execution_device=torch.device("cpu"))
+    got = logits_of(offloaded, tokenizer, prompts[0], plan, direction or {}, 5)
+    assert got[0] == want[0]
+    torch.testing.assert_close(got[1], want[1], atol=2e-4, rtol=1e-4)
+
+
 def test_boundary_acts_only_on_tokens_that_close_a_thinking_step(talker, tokenizer, prompts, kit):
     model = talker(eos=0.0, close=-3.0, seed=2)
     close = tokenizer.convert_tokens_to_ids("</think>")

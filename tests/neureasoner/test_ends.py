@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from neureasoner.data_builders.config import RolloutsConfig
 from neureasoner.data_builders.pairs import Row, Writer
 from neureasoner.data_builders.pairs_config import PairsConfig
 from neureasoner.data_builders.rollouts import sample_rollouts
+from neureasoner.errors import UserError
 from neureasoner.inference.plan import Plan
 from neureasoner.inference.steered import SteeredModel
 from neureasoner.sampler import sample
@@ -118,6 +120,23 @@ def test_a_tokenizer_without_end_or_padding_runs_to_the_cap(
     model.generation_config.eos_token_id = None
     done = SteeredModel(model, tokenizer, Plan("none")).generate(["hi", "how are you?"], max_new_tokens=5)
     assert [(len(g.response_ids), g.finished) for g in done] == [(5, False)] * 2
+
+
+@pytest.mark.parametrize(
+    "given", [np.array([5, 9]), {5, 9}, torch.tensor([5, 9]), (5, 9)], ids=lambda x: type(x).__name__
+)
+def test_a_list_of_any_kind(make_model: Callable[..., Any], tokenizer: Any, given: Any) -> None:
+    model = make_model()
+    model.generation_config.eos_token_id = given
+    assert set(eos_ids(model, tokenizer)) == {5, 9, tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize("given", ["x", "5", 5.0, [[5]], True])
+def test_an_end_that_is_no_id_is_named(make_model: Callable[..., Any], tokenizer: Any, given: Any) -> None:
+    model = make_model()
+    model.generation_config.eos_token_id = given
+    with pytest.raises(UserError, match="eos_token_id"):
+        eos_ids(model, tokenizer)
 
 
 def test_the_folder_keeps_its_list(writer: Any, folder: Path) -> None:

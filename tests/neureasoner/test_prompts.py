@@ -52,6 +52,8 @@ TALK = [{"role": "user", "content": "What is 2 + 2?"}]
         ([{"input_ids": [5, 6]}, "a"], [[5, 6], "a"]),
         ([], []),
         ([[]], [[]]),
+        (np.array(["a", "b"]), ["a", "b"]),
+        (np.array([TALK, TALK], dtype=object), [TALK, TALK]),
     ],
 )
 def test_every_form_is_a_list_of_prompts(given: Any, wanted: list[Any]) -> None:
@@ -71,6 +73,8 @@ def test_every_form_is_a_list_of_prompts(given: Any, wanted: list[Any]) -> None:
         ([[True, False]], "bool"),
         ({"question": "a"}, "keys question"),
         ([3.5], "float"),
+        ([torch.tensor(True)], "prompt"),
+        (np.array([0.5]), "float"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, "attention_mask"),
     ],
 )
@@ -122,6 +126,12 @@ def test_an_answer_that_has_begun_goes_on(tiny_tokenizer: Any) -> None:
         ([{"role": "system", "content": "x"}, *TALK], {"system": "y"}, "system is given"),
         ([{"role": "user"}], {}, "'content'"),
         ([{"role": "user", "content": [{"type": "image"}]}], {}, "type 'image'"),
+        ([{"role": "user", "content": None}], {}, "user.*NoneType"),
+        ([{"role": "user", "content": {"a": 1}}], {}, "user.*dict"),
+        ([{"role": None, "content": "a"}], {}, "role"),
+        ("a", {"system": ["b"]}, "system.*str"),
+        ("a", {"template": "enable_thinking"}, "chat_template_kwargs"),
+        ("half a character: \ud83d", {}, "ud83d"),
     ],
     ids=repr,
 )
@@ -135,6 +145,18 @@ def test_what_a_template_refuses_is_one_line(tiny_tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('only user and assistant roles') }}"
     with pytest.raises(UserError, match=r"roles system, user\): only user and assistant roles"):
         encode_prompt(tokenizer, "hi", system="x")
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [("", "writes nothing"), ("{{ 1 / 0 }}", "division"), ("{{ messages[0].content.a.b }}", "'a'"),
+     ("{{ broken", "end of"), ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "recursion")],
+)  # fmt: skip
+def test_a_template_that_fails_is_one_line(tiny_tokenizer: Any, template: str, words: str) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=rf"chat template .*roles user.*{words}|chat template {words}.*roles user"):
+        encode_prompt(tokenizer, "hi")
 
 
 @pytest.mark.parametrize("bos", [False, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +92,48 @@ def test_batches_come_back_in_order(make_model: Callable[..., Any]) -> None:
     assert seen == [3, 1]
     for i, prompt in enumerate(PROMPTS):
         assert done[i].ids == sample(model, [prompt], settings, **HOW).rows[0].ids
+
+
+@pytest.mark.parametrize("pad", [10**6, -1])
+def test_padding_that_the_model_does_not_know(make_model: Callable[..., Any], pad: int) -> None:
+    """End tokens beyond the vocabulary are common, and may be all there is to pad with."""
+    how: Any = {"sampling": Sampling(max_new_tokens=6, temperature=0), "ends": []}
+    model, prompts = make_model(), [[5, 6, 7], [8]]
+    assert sample(model, prompts, pad=pad, **how).rows == sample(model, prompts, pad=3, **how).rows
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers(make_model: Callable[..., Any], temperature: float, value: float) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight[4] = value
+    with pytest.raises(UserError, match="NaN"):
+        sample(model, [[5, 6]], Sampling(max_new_tokens=3, temperature=temperature), ends=[], pad=0)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64 + 1, np.int64(7)])
+def test_any_whole_number_is_a_seed(make_model: Callable[..., Any], seed: int) -> None:
+    model, how = make_model(), Sampling(max_new_tokens=6, temperature=1.0)
+    draws = [sample(model, [[5, 6]], how, ends=[], pad=0, seed=s).rows[0].ids for s in (seed, seed, 8)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("max_new_tokens", 2.5), ("max_new_tokens", None), ("max_new_tokens", "5"), ("max_new_tokens", True),
+     ("temperature", None), ("temperature", "hot"), ("top_p", None), ("top_k", 5.0), ("top_k", True), ("min_p", "0")],
+)  # fmt: skip
+def test_settings_of_another_type_are_named(key: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"{key} .*{value!r}"):
+        Sampling(**{key: value})
+
+
+def test_numpy_numbers_are_numbers(make_model: Callable[..., Any]) -> None:
+    how = {"max_new_tokens": np.int64(4), "top_k": np.int32(3), "temperature": np.float32(0.5), "top_p": np.float64(1)}
+    plain = Sampling(max_new_tokens=4, top_k=3, temperature=0.5, top_p=1.0)
+    one, other = (sample(make_model(), [[5, 6]], s, ends=[], pad=0).rows for s in (Sampling(**how), plain))  # type: ignore[arg-type]
+    assert one == other
 
 
 def test_an_empty_prompt_is_refused(make_model: Callable[..., Any]) -> None:

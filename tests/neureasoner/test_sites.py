@@ -243,6 +243,14 @@ def test_a_matrix_of_another_size_is_named(make_model: Any) -> None:
         Layout.of(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_norms_of_heads_are_float32(make_model: Any, dtype: torch.dtype) -> None:
+    seen: dict[str, torch.Tensor] = {}
+    with torch.no_grad(), read_sites(model := make_model().to(dtype), ["head:0"], seen.__setitem__):
+        model(torch.tensor([[5, 6, 7]]))
+    assert seen["head:0"].dtype == torch.float32 and seen["head:0"].shape == (1, 3, 4)
+
+
 def test_sites_are_read_where_their_modules_run(make_model: Any) -> None:
     from accelerate import cpu_offload
 

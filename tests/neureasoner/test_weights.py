@@ -104,6 +104,45 @@ def test_a_header_that_was_cut_short(whole: Path, tmp_path: Path) -> None:
     assert "500 of" in refused(copied(whole, tmp_path, writes(WEIGHTS, head)))
 
 
+NO_FILE: dict[str, Change] = {
+    "folder": lambda path: path.mkdir(),
+    "link to itself": lambda path: path.symlink_to(path.name),
+    "link to nothing": lambda path: path.symlink_to("gone"),
+}
+
+
+@pytest.mark.parametrize("what", NO_FILE)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", WEIGHTS])
+def test_what_is_there_but_is_no_file(whole: Path, tmp_path: Path, name: str, what: str) -> None:
+    """A hub's cache is made of links; without the file behind it, its settings would be gone without a word."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        NO_FILE[what](folder / name)
+
+    with pytest.raises(UserError, match=rf"m/{name}: is no file"):
+        load(copied(whole, tmp_path, change), device="cpu")
+
+
+def test_a_file_that_may_not_be_read(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really = Path.open
+
+    def refuse(path: Path, *how: Any, **more: Any) -> Any:
+        if path.name == WEIGHTS:
+            raise PermissionError(13, "Permission denied", str(path))
+        return really(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=rf"{WEIGHTS}: cannot be read \(Permission denied\)"):
+        load(str(whole), device="cpu")
+
+
+def test_weights_without_their_config(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no config\.json") as told:
+        load(copied(whole, tmp_path, lambda folder: (folder / "config.json").unlink()))
+    assert "another name" not in str(told.value), "the weights have the right one"
+
+
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json", "generation_config.json", "tokenizer.json", "merges.txt"])
 def test_a_git_lfs_pointer(whole: Path, tmp_path: Path, name: str) -> None:
     told = refused(copied(whole, tmp_path, writes(name, POINTER)))
@@ -129,6 +168,7 @@ def test_a_file_that_holds_no_json_object(sharded: Path, tmp_path: Path, name: s
         (sets("config.json", hidden_act="nope"), "nope"),
         (sets("config.json", num_attention_heads=0), "zero"),
         (sets("config.json", rope_parameters={"rope_type": "nope"}), "nope"),
+        (sets("config.json", pad_token_id=10**9), "pad_token_id"),
         (sets("generation_config.json", eos_token_id="x"), "eos_token_id"),
         (sets("generation_config.json", cache_implementation="zzz"), "zzz"),
         (sets("generation_config.json", watermarking_config=3), "generation_config"),

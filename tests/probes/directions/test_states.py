@@ -94,6 +94,17 @@ def test_states_equal_single_rows(make_model: Any, monkeypatch: Any, arch: str, 
             np.testing.assert_allclose(value, single(model, state.ids, site)[at].mean(axis=0), rtol=1e-4, atol=2e-5)
 
 
+def test_states_of_weights_that_lie_elsewhere(make_model: Any) -> None:
+    from accelerate import cpu_offload
+
+    given = [States("p", [1, 2, 3], (2,), False, (True,))]
+    sites = ["residual:1", "head:0[1]", "neuron:1[3]"]
+    model = cpu_offload(make_model(), execution_device=torch.device("cpu"))
+    [got], [want] = (list(read_states(m, given, sites, 1)) for m in (model, make_model()))
+    for site in sites:
+        np.testing.assert_array_equal(got.values[site], want.values[site])
+
+
 def test_no_hook_stays(make_model: Any) -> None:
     model = make_model()
     list(read_states(model, [States("p", [1, 2, 3], (2,), False, (True,))], SITES, 1))
