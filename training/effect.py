@@ -1,6 +1,6 @@
 """Does a training run train anything? Before it: some update has a learning rate above 0. After it: weights moved.
 
-With warmup 0.05 a run of one update is all warmup: its learning rate is 0, and everything looks like success.
+With one update of warmup a run of one update is all warmup: its learning rate is 0, and everything looks like success.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ def check_rates(
 ) -> int:
     """Refuse a run none of whose updates has a learning rate above 0; say so if it is warming up to its end.
 
+    A warmup that is a share of the updates is rounded down where the Trainer, rounding up, would leave it nothing else.
+
     Returns the number of updates. ``batch``, ``size``: name and value of the option that says how many rows an update
     has.
     """
@@ -46,6 +48,10 @@ def check_rates(
     if not total or not rows:
         why = "dataloader_drop_last leaves no batch" if rows else "there is no row"
         raise UserError(f"{rows} rows make no update ({why}); give more rows, or lower {batch}")
+    if 0 < args.warmup_steps < 1 and args.get_warmup_steps(total) >= total:
+        share, args.warmup_steps = args.warmup_steps, math.floor(args.warmup_steps * total)
+        many = "1 update" if total == 1 else f"{total} updates"
+        say(f"warmup_steps {share:g} of {many}: {args.warmup_steps}, so that one has a learning_rate above 0")
     warmup = args.get_warmup_steps(total)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     try:

@@ -143,7 +143,7 @@ def test_prompts_are_checked_before_the_first_is_answered(folder: Path) -> None:
     assert not asked
 
 
-@pytest.mark.parametrize("given", [2.0, ["a", "b"], [1.0], None, iter([1.0, 2.0]), [[1.0, 2.0]]], ids=str)
+@pytest.mark.parametrize("given", [2.0, ["a", "b"], [1.0], None, iter([1.0, 2.0]), [[1.0, 2.0]]])
 def test_strengths_that_are_no_numbers_a_row_are_named(folder: Path, given: Any) -> None:
     model, tokenizer = load(str(folder), device="cpu")
     rule = Rule("r", Trigger(decode=True), Action(add=True), direction="d", strength=Strength(per_row=True))

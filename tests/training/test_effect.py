@@ -30,7 +30,21 @@ def argv(model: Path, data: Path, out: Path, *more: str) -> list[str]:
     return ["--model", str(model), "--data", str(data), "--out", str(out), "--learning_rate", "1e-2", *more]
 
 
-@pytest.mark.parametrize("rows", [1, 12, 60, 64])
+@pytest.mark.parametrize("rows", [1, 60, 64])
+def test_one_update_is_made_at_a_rate_that_trains(
+    model_folder: Path, train_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: int
+) -> None:
+    """With every default: the warmup, a share of one update, is none, and the run says so."""
+    lines = train_file.read_text().splitlines()
+    train_file.write_text("\n".join((lines * 6)[:rows]) + "\n")
+    sft.main(*sft.parse(argv(model_folder, train_file, tmp_path / "out", "--logging_steps", "1")))
+    assert "warmup_steps 0.05 of 1 update: 0" in capsys.readouterr().out
+    before, after = (load_file(f / "model.safetensors") for f in (model_folder, tmp_path / "out"))
+    assert all(not torch.equal(before[k], after[k]) for k in before)
+    assert json.loads((tmp_path / "out" / "log.json").read_text())[0]["learning_rate"] == 1e-2
+
+
+@pytest.mark.parametrize("rows", [1, 64])
 def test_one_update_that_is_all_warmup_is_refused_before_the_model(
     model_folder: Path, train_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
@@ -38,7 +52,7 @@ def test_one_update_that_is_all_warmup_is_refused_before_the_model(
     lines = train_file.read_text().splitlines()
     train_file.write_text("\n".join((lines * 6)[:rows]) + "\n")
     with pytest.raises(UserError, match=r"1 update.*learning_rate.*warmup_steps.*batch_size"):
-        sft.main(*sft.parse(argv(model_folder, train_file, tmp_path / "out")))
+        sft.main(*sft.parse(argv(model_folder, train_file, tmp_path / "out", "--warmup_steps", "1")))
     assert not list((tmp_path / "out").glob("*"))
 
 
@@ -102,6 +116,11 @@ def test_the_forecast_is_what_a_trainer_does(tmp_path: Path, more: dict[str, Any
     assert updates_of(args, rows) == len(rates)
     if max(rates) > 0:
         assert check_rates(args, rows) == len(rates)
+    elif args.warmup_steps < 1:  # a share that the Trainer rounded up to all
+        assert check_rates(args, rows) == len(rates)
+        rates.clear()
+        Trainer(Number(), args, train_dataset=data, callbacks=[Look()]).train()
+        assert max(rates) > 0
     else:
         with pytest.raises(UserError, match="learning_rate is 0"):
             check_rates(args, rows)
@@ -118,7 +137,7 @@ def test_a_warmup_longer_than_the_run_is_said(tmp_path: Path) -> None:
 def test_packs_are_counted_where_rows_are_packed(model_folder: Path, train_file: Path, tmp_path: Path) -> None:
     more = ["--packing", "true", "--max_length", "1024", "--batch_size", "6"]
     with pytest.raises(UserError, match=r"1 update.*batch_size"):  # twelve rows, few packs
-        sft.main(*sft.parse(argv(model_folder, train_file, tmp_path / "out", *more)))
+        sft.main(*sft.parse(argv(model_folder, train_file, tmp_path / "out", *more, "--warmup_steps", "1")))
     sft.main(*sft.parse(argv(model_folder, train_file, tmp_path / "out", *more, "--warmup_steps", "0")))
 
 
