@@ -207,7 +207,7 @@ def sample(
             while True:
                 with mine():
                     scores = run.read()
-                _check_numbers(scores[~run.done])
+                _check_numbers(scores, run.done)
                 for processor in chain:
                     scores = processor(run.ids[:, : run.length], scores)
                 warped = sampling.warped(scores)
@@ -229,9 +229,10 @@ def sample(
     return Sampled(_rows(run, set(ends), kept), run)
 
 
-def _check_numbers(scores: torch.Tensor) -> None:
-    """Raises UserError for scores that nothing can be drawn from; the greedy token would be the same for ever."""
-    if not bool((scores < torch.inf).all()):
+def _check_numbers(scores: torch.Tensor, done: torch.Tensor) -> None:
+    """Raises UserError for scores ``[B, V]`` that nothing can be drawn from, in rows that are not ``done``; the greedy
+    token would be the same for ever. A maximum shows both NaN and infinity."""
+    if not bool(((scores.amax(-1) < torch.inf) | done).all()):
         raise UserError(
             "the model's scores are NaN or infinite; in float16 values overflow (load with dtype bfloat16 or float32), "
             "else its weights are damaged or a plan steers it too strongly"

@@ -51,6 +51,7 @@ def test_a_pair_shares_its_prefix_and_only_one_side_fails(work, every):
     assert make_pairs(config(work, every=every, out=str(out), record=["neuron:3[0,5]"]))["pairs"] == len(pairs)
 
 
+@pytest.mark.slow
 def test_judging_at_the_end_asks_far_less_often(work):
     counts = {}
     for every in (0, 1):
@@ -77,6 +78,7 @@ def test_going_back_in_the_cache_equals_reading_the_prefix_again(work):
         assert rewound == read_again and rewound[0]
 
 
+@pytest.mark.slow
 def test_writing_in_rounds_reads_the_whole_trace(work):
     """Whatever the rounds, a sequence ends with EOS or at the cap, and no step is lost between rounds."""
     model, tokenizer = load("tiny")

@@ -111,6 +111,7 @@ def work(settings: Callable[..., EvaluateConfig]) -> EvaluateConfig:
     return settings(arms=ARMS, batch_size=2, max_new_tokens=12, show_examples=0)
 
 
+@pytest.mark.slow
 def test_killed_three_times(work: EvaluateConfig, tmp_path: Path) -> None:
     assert kill_and_resume(work, tmp_path, parts=9, kills=3, seed=1) >= 2
 

@@ -130,7 +130,8 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize("moments", [SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("moments", [SOME, ALL], ids=["some", "all"])
 def test_killed_while_saving(model_folder: Path, train_file: Path, tmp_path: Path, moments: list[str]) -> None:
     steps = 7 if moments is ALL else 4  # in the middle of an epoch: a Trainer would go on to its end
     options = {"model": model_folder, "data": train_file, "batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}

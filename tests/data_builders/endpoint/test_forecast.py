@@ -57,6 +57,7 @@ def test_a_forecast_without_calls_sends_nothing_and_needs_no_key(serve, make_con
     assert forecast(ask_for(20), config).requests == 0 and "0 requests" not in str(told)
 
 
+@pytest.mark.slow
 def test_the_time_is_that_of_the_limit(serve, make_config, ask_for) -> None:
     server = serve("--limit", "requests:10/1", "--latency", "0.01")
     config = make_config(server)

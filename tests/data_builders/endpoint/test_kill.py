@@ -77,6 +77,7 @@ def kill_and_resume(serve: Any, folder: Path, n: int, kills: int, seed: int, lat
     return killed
 
 
+@pytest.mark.slow
 def test_killed_five_times_and_resumed(serve, tmp_path: Path) -> None:
     assert kill_and_resume(serve, tmp_path, n=100, kills=5, seed=1, latency=0.05) >= 3
 
@@ -95,6 +96,7 @@ def test_two_processes_share_a_ledger_and_pay_once(serve, tmp_path: Path) -> Non
     assert set(server.keys().values()) == {1} and len(server.keys()) >= 80
 
 
+@pytest.mark.slow
 def test_a_batch_is_killed_and_goes_on(serve, tmp_path: Path) -> None:
     server = serve("--batch-delay", "1.5", "--fault", "torn:0.1")
     settings = ("batch=25", "poll=0.1")

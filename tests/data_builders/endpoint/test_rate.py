@@ -177,7 +177,10 @@ def test_headers_are_read_in_all_their_spellings() -> None:
     assert read_limits({"retry-after": "later"}).retry_after is None
 
 
-@pytest.mark.parametrize("limit", ["requests:20/1", "requests:40/2/window", "tokens:2400/1"])
+@pytest.mark.parametrize(
+    "limit",
+    ["tokens:2400/1", *(pytest.param(x, marks=pytest.mark.slow) for x in ("requests:20/1", "requests:40/2/window"))],
+)
 def test_a_real_server_that_tells_its_limit(limit: str, serve, make_config, ask_for) -> None:
     from neureasoner.data_builders.endpoint.asker import ask_all
     from neureasoner.data_builders.endpoint.tally import Tally

@@ -83,6 +83,7 @@ def test_what_is_written_and_said(root, tmp_path, capsys):
     assert done["experts"] == found["experts"]
 
 
+@pytest.mark.slow
 def test_scanned_blocks_do_not_change_what_is_chosen(root, tmp_path):
     one = locate(settings(root, tmp_path / "a", mode="depass", layer=0, max_traces=3))
     two = locate(settings(root, tmp_path / "b", mode="depass", layer=0, max_traces=3, blocks=[2, 1, 2]))

@@ -127,6 +127,7 @@ def test_planted_failures_are_found_and_beat_the_controls(work):
     assert intra["chosen"]["test"]["false_alarms_per_1000_tokens"]["value"] < 5
 
 
+@pytest.mark.slow
 def test_report_draws_figures(work, capsys):
     small = {
         "estimators": ["logistic"],
@@ -166,6 +167,7 @@ def test_a_finished_fit_returns_at_once_and_other_settings_are_refused(work, mon
         fit(fit_config(work, seed=5))
 
 
+@pytest.mark.slow
 def test_promise_9_a_killed_fit_goes_on_where_it_stopped(work, monkeypatch, tmp_path):
     real, calls = tables.record, []
 
@@ -199,6 +201,7 @@ def test_neurons_of_another_model_or_split_are_refused(work, make_model, tiny_to
         locate(locate_config(work, layer=2, out=str(tmp_path / "d")))
 
 
+@pytest.mark.slow
 def test_a_control_that_overlaps_the_selection_is_said_to(work, tmp_path, capsys):
     done = locate(locate_config(work, heads=3, mode="direct", out=str(tmp_path / "neurons")))
     assert json.loads((tmp_path / "neurons" / "neurons.json").read_text())["mode"] == "direct"

@@ -360,6 +360,7 @@ def expected_mean(tokens):
     return (tokens // 1009 * (1009 * 1008 // 2) + tail.reshape(-1, 64).sum(0)) / tokens
 
 
+@pytest.mark.slow
 @needs_proc
 def test_reading_needs_little_memory(tmp_path):
     """25.6 MB in one shard; chunks of 1 MB."""
