@@ -22,7 +22,7 @@ from neureasoner.errors import UserError
 from neureasoner.inference.decode import Generation
 from neureasoner.inference.steered import encode_prompt
 from neureasoner.models import load_tokenizer
-from neureasoner.steps import Separators, StepSegmenter
+from neureasoner.responses import read_response
 from neureasoner.thinking import CLOSED, thinking_state
 from neureasoner.traces import NO_THINKING, OPENED, THINK_CLOSE, Problem, Trace
 
@@ -99,24 +99,10 @@ class Served:
         return [pair[0] for pair in found if not isinstance(pair, BaseException)]
 
     def _drawn(self, answer: Answer, thinks: bool) -> Drawn:
-        finished, eos = answer.finish_reason != "length", self.tokenizer.eos_token_id
-        ids = self.tokenizer.encode(answer.text, add_special_tokens=False)
-        ids += [eos] if finished and eos is not None else []
-        separators = Separators.of(self.tokenizer)
+        finished = answer.finish_reason != "length"
+        ends = [] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]
+        ids = self.tokenizer.encode(answer.text, add_special_tokens=False) + (ends if finished else [])
         # a server with a reasoning parser keeps the thinking to itself
-        segmenter = StepSegmenter(separators, in_thinking=thinks and THINK_CLOSE in answer.text)
-        for token in ids:
-            segmenter.push(token)
-        text, offsets = separators.offsets(ids)
-        return Drawn(
-            prompt_ids=[],
-            response_ids=ids,
-            text=text,
-            events=[],
-            forced=[False] * len(ids),
-            finished=finished,
-            thinking_tokens=segmenter.thinking_tokens,
-            steps=segmenter.steps(offsets),
-            seconds=0.0,
-            counted=answer.usage.output,
-        )
+        thinks = thinks and THINK_CLOSE in answer.text
+        response = read_response(self.tokenizer, [], ids, ends, finished, in_thinking=thinks)
+        return Drawn(**vars(response), forced=[False] * len(ids), counted=answer.usage.output)

@@ -32,11 +32,11 @@ def _class_of(model: Any) -> type:
 
 def check_arguments(model: Any, *names: str) -> None:
     """Raises UserError naming an argument that the model's ``forward`` does not take."""
-    import transformers
-
     kind = _class_of(model)
     missing = [n for n in names if n not in _parameters(kind)]
     if missing:
+        import transformers
+
         raise UserError(
             f"{kind.__name__}.forward of transformers {transformers.__version__} takes no '{missing[0]}', so it would "
             "be ignored; install a version that this release was tested with (`neureasoner doctor` lists them)"

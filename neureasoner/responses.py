@@ -49,13 +49,15 @@ def read_response(
     response_ids: Sequence[int],
     ends: Sequence[int],
     finished: bool | None = None,
+    in_thinking: bool | None = None,
 ) -> Response:
     """Read the ids of a response to a prompt. ``ends``: ids that end one; ``finished``: where its last id does not say.
 
-    A response begins inside the thinking unless the prompt has closed it.
+    A response begins inside the thinking unless the prompt has closed it; ``in_thinking``: where no prompt says so.
     """
     ids, separators = list(response_ids), Separators.of(tokenizer)
-    segmenter = StepSegmenter(separators, in_thinking=opens_thinking(prompt_ids, tokenizer), ends=ends)
+    begins = opens_thinking(prompt_ids, tokenizer) if in_thinking is None else in_thinking
+    segmenter = StepSegmenter(separators, in_thinking=begins, ends=ends)
     for token in ids:
         segmenter.push(token)
     text, offsets = separators.offsets(ids)

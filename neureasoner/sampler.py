@@ -88,11 +88,6 @@ class Run:
         self.cache: Any = None
         self._narrowed: tuple[torch.Tensor, torch.Tensor] | None = None  # mask and pads of the live rows
 
-    @property
-    def prompts(self) -> torch.Tensor:
-        """Columns of the prompts, ``[B, W]``."""
-        return self.ids[:, : self.width]
-
     def read(self) -> torch.Tensor:
         """Read what the cache does not hold yet; logits of the next token, float32 ``[B, V]``, 0 in rows that left."""
         seen = self.cache.get_seq_length()
