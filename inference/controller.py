@@ -99,14 +99,21 @@ class Controller:
         if probe.model_fingerprint not in accept:
             probe.check(self.model)
         features = probe.features
-        if (features.level == "instance") != (t.at_step is not None):
+        at = f"plan {self.plan.name}, rule {rule.name}"
+        if features.once != (t.at_step is not None):
             raise UserError(
-                f"plan {self.plan.name}, rule {rule.name}: an instance probe is read once, at at_step; "
-                f"{t.probe} is of level {features.level}; {'remove' if t.at_step else 'set'} at_step"
+                f"{at}: an instance probe of easy questions is read once, at at_step, any other at every step; "
+                f"{t.probe} is of level {features.level}{', an exit' if features.exit_from else ''}; "
+                f"{'remove' if t.at_step else 'set'} at_step"
+            )
+        if t.min_steps < features.exit_from:
+            raise UserError(
+                f"{at}: min_steps is {t.min_steps}, but {t.probe} was fitted from step {features.exit_from} on; "
+                f"set min_steps: {features.exit_from} or fit the probe again"
             )
         if t.at_step is not None and t.at_step != features.window:
             raise UserError(
-                f"plan {self.plan.name}, rule {rule.name}: at_step is {t.at_step}, but {t.probe} was fitted on the "
+                f"{at}: at_step is {t.at_step}, but {t.probe} was fitted on the "
                 f"first {features.window} steps; set at_step: {features.window} or fit the probe again"
             )
         return list(features.sites())

@@ -116,12 +116,12 @@ def measured_rates(generations: Iterable[Generation], plan: Plan) -> dict[str, f
     Alarms: per evaluation in which no rule of higher priority won. Gates: per response. Boundaries: per thinking token
     at which a coin may be thrown. Rules that act everywhere are left out.
     """
-    order = plan.names
+    order = plan.priority
     could, did = dict.fromkeys(order, 0), dict.fromkeys(order, 0)
     for g in generations:
         acted = [e for e in g.events if not e["suppressed"]]
         winner = {e["token"]: order.index(e["rule"]) for e in acted if "strength" not in e}
-        for rank, rule in enumerate(plan.rules):
+        for rank, rule in enumerate(map(plan.rule, order)):
             mine = [e for e in acted if e["rule"] == rule.name]
             if _paced(rule) and rule.trigger.gate is None:
                 could[rule.name] += max(0, g.thinking_tokens - MIN_TOKENS)

@@ -1,7 +1,7 @@
 """Plans: what to watch, when to act, what to do (core.md §1.10; related.md §G). A plan is a value, written as YAML.
 
 Rules are ordered and order is priority: when several forced texts are due in one step, the first wins and the others
-are logged as suppressed; tensor rules that write one site act in this order, if ``conflicts`` says so. Controls
+are logged as suppressed, but a text that closes the thinking comes after all that do not; tensor rules that write one site act in this order, if ``conflicts`` says so. Controls
 (``controls.py``) are the same plan with the sources of its triggers, its signs or its directions replaced, so they
 share its budgets, cooldowns and texts.
 """
@@ -56,8 +56,13 @@ class Plan:
 
     @property
     def names(self) -> list[str]:
-        """The rules' names, in order of priority."""
+        """The rules' names, in the plan's order."""
         return [r.name for r in self.rules]
+
+    @property
+    def priority(self) -> list[str]:
+        """The rules' names as they win against each other at one boundary: texts that close the thinking come last."""
+        return [r.name for r in sorted(self.rules, key=lambda r: r.closes)]
 
     @property
     def probe_paths(self) -> list[str]:
@@ -115,12 +120,18 @@ class Plan:
         return replace(self, rules=tuple(rules))
 
     def fit_windows(self, probes: Mapping[str, Any]) -> Plan:
-        """Set ``at_step`` of every instance rule to the number of steps its probe was fitted on."""
-        changes = {}
+        """Every instance rule as its probe is to be read: the paper's kind once, ``at_step`` the number of steps it was
+        fitted on; an exit at every step, ``min_steps`` the first it was fitted on (or later, if the rule says so)."""
+        changes: dict[str, dict[str, Any]] = {}
         for rule in self.rules:
-            probe = probes.get(rule.trigger.probe or "")
-            if probe is not None and rule.trigger.at_step is not None:
-                changes[rule.name] = {"at_step": int(probe.features.window)}
+            probe, t = probes.get(rule.trigger.probe or ""), rule.trigger
+            if probe is None or probe.features.level != "instance":
+                continue
+            if probe.features.exit_from:
+                changes[rule.name] = {"at_step": None, "min_steps": max(int(probe.features.exit_from), t.min_steps)}
+            else:
+                once = {"min_steps": 0, "min_tokens": 0, "immediate": False, "every": None, "consecutive": 1}
+                changes[rule.name] = {"at_step": int(probe.features.window)} | (once if t.at_step is None else {})
         return self.replace_triggers(changes)
 
     def forced_ids(self, tokenizer: Any) -> dict[str, list[int]]:
@@ -298,10 +309,11 @@ def _dead(rule: Rule, rules: tuple[Rule, ...]) -> str:
         first = _first(other)
         if other is rule or first is None:
             continue
-        earlier = rules.index(other) < rules.index(rule)
+        before = rules.index(other) < rules.index(rule)
+        earlier = before if other.closes == rule.closes else rule.closes  # at one boundary a closing text comes last
         if rule.forces and t.at_step is not None and (first < t.at_step or (first == t.at_step and earlier)):
             return f"rule {other.name} always comes first, and at_step is not evaluated after an intervention"
-        if rule.source == "start" and first == 0 and earlier:
+        if rule.source == "start" and first == 0 and before:
             return f"rule {other.name} always comes first, and start is evaluated once"
         if earlier and _shadows(other, rule):
             return f"rule {other.name} forces its text wherever this one is evaluated, and comes first"

@@ -121,8 +121,8 @@ class RowState:
             return False
         if t.max_tokens is not None and len(self.tokens) > t.max_tokens:
             return False
-        since = self.full_steps if rule.forces else self.steps - self.rested.get(rule.name, self.steps - t.cooldown)
-        if since is not None and since < t.cooldown:
+        since = self.full_steps if rule.forces else self.steps - self.rested.get(rule.name, self.steps - rule.rest)
+        if since is not None and since < rule.rest:
             return False
         return self.steps >= t.min_steps and len(self.tokens) > self.base and len(self.tokens) >= t.min_tokens
 

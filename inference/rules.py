@@ -26,6 +26,7 @@ ACTIONS = ("force", "add", "add_keep_norm", "scale", "set", "add_logits")
 DIRECTED = ("add", "add_keep_norm", "scale")
 UNITS = ("raw", "sigma")
 TRIGGER_TOKEN = re.compile(r"<[A-Z][A-Z0-9_]*>")
+REPAIR_STEPS = 2  # full steps after a block in which no rule closes the thinking: the correction is being written
 _WILD = re.compile(r"([a-z_]+):\*")
 
 
@@ -53,7 +54,8 @@ class Trigger:
     min_tokens  not evaluated before this many response tokens (a budget, with always and immediate)
     max_tokens  not evaluated after this many response tokens
     cooldown    forced texts: full steps that must close after the last intervention's block, whichever rule made it (at
-                least one in effect: the window is empty at the block's end); others: steps after its own effect ended
+                least one in effect: the window is empty at the block's end; at least 2 for a text that closes the
+                thinking, which would cut the correction off); others: steps after its own effect ended
     max         interventions per response; null: no limit
     consecutive evaluations in a row that must be positive before the rule fires
     """
@@ -298,6 +300,11 @@ class Rule:
     def closes(self) -> bool:
         """Whether its text ends the thinking."""
         return THINK_CLOSE in (self.action.force or "")
+
+    @cached_property
+    def rest(self) -> int:
+        """Its cooldown as it is kept: a text that closes the thinking leaves a repair its ``REPAIR_STEPS``."""
+        return max(self.trigger.cooldown, REPAIR_STEPS) if self.closes else self.trigger.cooldown
 
     @cached_property
     def opened(self) -> str | None:

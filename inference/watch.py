@@ -146,7 +146,8 @@ class Watch(LogitsProcessor):
 
     def _act(self) -> None:
         """Evaluate every due rule on every row. Of the forced texts, per row the first that fires wins, the others are
-        logged; tensor rules that fire begin to act."""
+        logged; one that closes the thinking comes last, as no repair follows it. Tensor rules that fire begin to act.
+        """
         triggers = [rule.trigger for rule in self.controller.plan.rules]
         if not any(row.closed for row in self.rows) and not any(t.immediate or t.every for t in triggers):
             return
@@ -164,6 +165,7 @@ class Watch(LogitsProcessor):
                     fired.setdefault(i, []).append((rule, score, threshold))
         for i, hits in fired.items():
             row = self.rows[i]
+            hits.sort(key=lambda hit: hit[0].closes)
             for rank, (rule, score, threshold) in enumerate(hits):
                 row.log(rule, score, threshold, suppressed=rank > 0)
             winner = hits[0][0]

@@ -50,6 +50,13 @@ COMMANDS: dict[str, Command] = {
         "data_builders.pairs",
         "make_pairs",
     ),
+    "data closings": Command(
+        "forecast what closing the thinking costs, by sampling both ways",
+        "data_builders.closings_config",
+        "ClosingsConfig",
+        "data_builders.closings",
+        "closings",
+    ),
     "data import": Command(
         "read a corpus: one form, the correct rows, nothing of the benchmarks",
         "data_builders.sources.config",

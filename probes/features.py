@@ -5,7 +5,9 @@ Legend: ``T`` rows (response tokens), ``C`` channels, ``D`` hidden size, ``d`` f
 A decision falls at a separator. ``bounds = [b_0, end of step 0, …, end of the step just closed]``; ``b_0`` is 0, or
 where observation began again after a trigger. The **window** of intra and inter is what remains after the separator
 popped the oldest step (core.md §1.6.1): the last ``k - 1`` finished steps, ``bounds[-k] … bounds[-1]``, or all
-there are while there are fewer. The window of instance is ``bounds[0] … bounds[K]``, read once, at the K-th separator.
+there are while there are fewer. Instance has two kinds: the paper's is read once, at the K-th separator, over
+``bounds[0] … bounds[K]``; an **exit** (``exit_from`` K > 0) is read at every separator from the K-th on, over the same
+trailing window as intra.
 """
 
 from __future__ import annotations
@@ -146,6 +148,8 @@ class FeatureSet:
     channels  sites of the spectral and magnitude parts, one or several divided by blanks
     residual  residual sites of the residual and trend parts, likewise (a trend is of the first)
     backend   which spectral numbers: ``exact-rfft`` or ``algorithm-2/<grid>/<K>`` (``probes/spectrum.py``)
+    exit_from instance read at every separator from this many closed steps on; 0: the paper's kind, read once. The rule
+              counts the steps (``min_steps``): after a trigger the bounds here begin anew
     """
 
     name: str
@@ -155,6 +159,7 @@ class FeatureSet:
     channels: str = ""
     residual: str = ""
     backend: str = BACKEND
+    exit_from: int = 0
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
@@ -162,7 +167,9 @@ class FeatureSet:
         wrong = [p for p in self.parts if p not in PARTS]
         if wrong or not self.parts or len(set(self.parts)) != len(self.parts):
             raise UserError(f"feature set '{self.name}': join different parts out of {', '.join(PARTS)} with '+'")
-        least = 1 if self.level == "instance" else 2
+        if self.exit_from < 0 or (self.exit_from and self.level != "instance"):
+            raise UserError(f"feature set '{self.name}': exit_from {self.exit_from} belongs to instance, from 1 on")
+        least = 1 if self.once else 2
         if self.window < least:
             raise UserError(f"feature set '{self.name}': window {self.window} is below {least} for {self.level}")
         if {"spectral", "magnitude"} & set(self.parts) and any(
@@ -181,7 +188,14 @@ class FeatureSet:
 
     @classmethod
     def named(
-        cls, name: str, level: str, window: int, channels: str = "", residual: str = "", backend: str = BACKEND
+        cls,
+        name: str,
+        level: str,
+        window: int,
+        channels: str = "",
+        residual: str = "",
+        backend: str = BACKEND,
+        exit_from: int = 0,
     ) -> FeatureSet:
         """Parse ``'entropy+residual'``. Sites and back end of parts that are not in it are left out."""
         parts = tuple(p.strip() for p in name.split("+"))
@@ -193,6 +207,7 @@ class FeatureSet:
             channels if {"spectral", "magnitude"} & set(parts) else "",
             residual if {"residual", "trend"} & set(parts) else "",
             backend if "spectral" in parts else BACKEND,
+            exit_from,
         )
 
     @classmethod
@@ -206,6 +221,11 @@ class FeatureSet:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         return {**asdict(self), "parts": list(self.parts)}
+
+    @property
+    def once(self) -> bool:
+        """Whether it is read at one separator alone: the paper's instance kind."""
+        return self.level == "instance" and not self.exit_from
 
     def sites(self) -> list[str]:
         """Site strings that have to be recorded, each once, in the order of the parts."""
@@ -234,14 +254,14 @@ class FeatureSet:
 
     def start(self, bounds: Sequence[int]) -> int:
         """First row of the window at the separator ``bounds[-1]``."""
-        return bounds[0] if self.level == "instance" else bounds[max(0, len(bounds) - self.window)]
+        return bounds[0] if self.once else bounds[max(0, len(bounds) - self.window)]
 
     def compute(self, series: dict[str, np.ndarray], bounds: Sequence[int]) -> tuple[np.ndarray, bool]:
         """Features ``[d]`` (float64) at the separator ``bounds[-1]``, and whether they may be decided upon.
 
         Rows of ``series`` (``[T, C]`` by site) beyond ``bounds[-1]`` are ignored. Not valid: fewer than 16 tokens so
-        far, a window of fewer than 4 tokens (spectral), instance anywhere but at the K-th separator; then zeros where
-        nothing can be computed. Raises ValueError if a series is shorter than the bounds say.
+        far, a window of fewer than 4 tokens (spectral), the paper's instance kind anywhere but at the K-th separator;
+        then zeros where nothing can be computed. Raises ValueError if a series is shorter than the bounds say.
         """
         if len(bounds) < 2 or any(b <= a for a, b in pairwise(bounds)):
             raise ValueError(f"bounds must rise and hold at least one finished step, got {list(bounds)}")
@@ -249,7 +269,7 @@ class FeatureSet:
             if series[site].shape[0] < bounds[-1]:
                 raise ValueError(f"series '{site}' has {series[site].shape[0]} rows, bounds reach {bounds[-1]}")
         start, end = self.start(bounds), bounds[-1]
-        valid = end - bounds[0] >= MIN_TOKENS and (self.level != "instance" or len(bounds) - 1 == self.window)
+        valid = end - bounds[0] >= MIN_TOKENS and (not self.once or len(bounds) - 1 == self.window)
         if "spectral" in self.parts:
             valid = valid and end - start >= MIN_LENGTH
         states = [series[r] for r in self.residual.split()]

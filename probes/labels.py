@@ -8,6 +8,8 @@ there is a late one) but neither trained on nor counted.
   traces, dropped after it.
 - **instance**: one sample a trace, at the K-th separator: 1 easy (at least 7 of 8 samples of the problem right, and
   NoThinking right where it is known), 0 hard (at most 3 of 8), else dropped. With other sample counts the same rates.
+- **instance, as an exit**: one sample a separator that ``data closings`` forecast: 1 where closing the thinking was right
+  as often as leaving it alone, or more often (so also where neither ever was), 0 where it cost something.
 """
 
 from __future__ import annotations
@@ -16,14 +18,91 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from neureasoner.errors import UserError
 from neureasoner.pairs import Pair
-from neureasoner.traces import Labels, Step, Trace
+from neureasoner.traces import Labels, Step, Trace, read_records
 
 DROPPED = -1
 EASY, HARD, SOLVED_NOTHINKING = 7 / 8, 3 / 8, 0.5
 SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What closing the thinking at a separator costs, from ``n`` continuations closed there and ``n`` left alone.
+
+    first    K of the stage: no separator before the one that closes the K-th step was looked at
+    step     index of the step that the separator closes; ``token``: response tokens up to it
+    right_*  how many were right; ``tokens_*``: their mean number of further tokens, the closing text included
+    answered whether the answer stood already (``Labels.answer_token``)
+    """
+
+    trace: str
+    problem: str
+    family: str
+    difficulty: int
+    first: int
+    step: int
+    token: int
+    n: int
+    right_closed: int
+    right_left: int
+    tokens_closed: float
+    tokens_left: float
+    answered: bool
+
+    @property
+    def label(self) -> int:
+        """1 where closing costs no right answer, else 0."""
+        return int(self.right_closed >= self.right_left)
+
+
+def closing_from_dict(row: dict[str, Any]) -> Closing:
+    """Inverse of ``asdict``. Raises UserError for a missing or unknown key."""
+    try:
+        return Closing(**row)
+    except TypeError as e:
+        raise UserError(f"a forecast has other keys ({e}); run data closings again") from None
+
+
+def read_closings(path: str | Path) -> list[Closing]:
+    """The file of ``data closings``. Raises UserError for a separator that stands in it twice."""
+    rows = read_records(path, closing_from_dict, "forecasts")
+    seen: set[tuple[str, int]] = set()
+    for row in rows:
+        if (row.trace, row.step) in seen:
+            raise UserError(f"{path}: step {row.step} of trace '{row.trace}' is forecast twice; keep one of the rows")
+        seen.add((row.trace, row.step))
+    return rows
+
+
+def closings_of(rows: Sequence[Closing], traces: Sequence[Trace]) -> list[list[Closing]]:
+    """The forecasts of each trace, by step. Raises UserError where they are not of these traces."""
+    index = {t.id: i for i, t in enumerate(traces)}
+    if len(index) < len(traces):
+        raise UserError("closings are told by trace id, and the traces have some id twice; give each its own")
+    out: list[list[Closing]] = [[] for _ in traces]
+    for row in rows:
+        i = index.get(row.trace)
+        ends = [] if i is None else bounds_of(traces[i])[1:]
+        if i is None or row.step >= len(ends) or ends[row.step] != row.token:
+            raise UserError(
+                f"closings: trace '{row.trace}' has no separator that closes step {row.step} at token {row.token}; name "
+                "the traces that data closings read"
+            )
+        out[i].append(row)
+    return [sorted(found, key=lambda c: c.step) for found in out]
+
+
+def hopeless_problems(rows: Iterable[Closing], traces: Iterable[Trace]) -> set[str]:
+    """Problems never solved, neither in a trace nor in a continuation of one."""
+    rows, traces = list(rows), list(traces)
+    solved = {t.problem.id for t in traces if labels_of(t).correct}
+    solved |= {row.problem for row in rows if row.right_closed or row.right_left}
+    return {t.problem.id for t in traces} - solved
 
 
 @dataclass(frozen=True)
@@ -101,11 +180,23 @@ def instance_labels(traces: Sequence[Trace], nothinking: Sequence[Trace] = ()) -
     return out
 
 
-def samples(traces: Sequence[Trace], level: str, window: int, easy: dict[str, int] | None = None) -> list[Sample]:
-    """All decisions of a level, in order of trace and step. ``window`` is K for instance, else unused."""
+def samples(
+    traces: Sequence[Trace],
+    level: str,
+    window: int,
+    easy: dict[str, int] | None = None,
+    closings: Sequence[Sequence[Closing]] | None = None,
+) -> list[Sample]:
+    """All decisions of a level, in order of trace and step. ``window`` is K for instance, else unused.
+
+    With ``closings``, those of each trace, the decisions are the separators forecast (``closings_of``).
+    """
     out = []
     for i, trace in enumerate(traces):
         bounds = bounds_of(trace)
+        if closings is not None:
+            out += [Sample(i, c.step, tuple(bounds[: c.step + 2]), c.label) for c in closings[i]]
+            continue
         if level == "instance":
             if len(bounds) > window:
                 label = (easy or {}).get(trace.problem.id, DROPPED)

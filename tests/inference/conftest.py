@@ -28,7 +28,12 @@ class FakeFeatures:
     window: int = 4
     name: str = "fake"
     read: tuple[str, ...] = ("neuron:1[3,5]",)
+    exit_from: int = 0
     seen: list[tuple[dict[str, np.ndarray], list[int]]] = field(default_factory=list)
+
+    @property
+    def once(self) -> bool:
+        return self.level == "instance" and not self.exit_from
 
     def sites(self) -> list[str]:
         return list(self.read)
