@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from importlib import import_module
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from neureasoner.artifacts import write_json
@@ -58,7 +56,9 @@ def closings(config: ClosingsConfig) -> dict[str, Any]:
         for i, (batch, part) in enumerate(zip(batches, parts, strict=True)):
             if not part.is_file():
                 model = model or load(config.model)[0]
-                write_rows(part, _forecast_part(model, tokenizer, batch, config, closing, config.seed * 200_003 + 2 * i))
+                write_rows(
+                    part, _forecast_part(model, tokenizer, batch, config, closing, config.seed * 200_003 + 2 * i)
+                )
             rows += read_closings(part)
             free = sum(row.label for row in rows) / len(rows)
             bar.update(task, advance=len(batch), so_far=f"{free:.0%} cost nothing")
@@ -123,9 +123,9 @@ def forecast(places: Sequence[Place], config: ClosingsConfig, closing: int) -> s
     tokens = config.samples * (rest + round(len(places) * sum(answers) / len(answers)))
     read = sum(len(place[0].prompt_ids) + _end(place) for place in places) / len(places)
     return (
-        f"{len(places):,} separators of {len({t.id for t, _ in places}):,} traces, {config.samples} continuations closed "
-        f"and {config.samples} left alone at each: {2 * config.samples * len(places):,} responses behind prefixes of "
-        f"{read:,.0f} tokens (and {closing} of the closing text), about {tokens:,} tokens to sample"
+        f"{len(places):,} separators of {len({t.id for t, _ in places}):,} traces, {config.samples} continuations "
+        f"closed and {config.samples} left alone at each: {2 * config.samples * len(places):,} responses behind prefixes "
+        f"of {read:,.0f} tokens (and {closing} of the closing text), about {tokens:,} tokens to sample"
     )
 
 
@@ -136,7 +136,9 @@ def _forecast_part(
     closed = _continue(model, tokenizer, batch, config, closing, seed)
     left = _continue(model, tokenizer, batch, config, [], seed + 1)
     rows = []
-    for (trace, step), (right_closed, tokens_closed), (right_left, tokens_left) in zip(batch, closed, left, strict=True):
+    for (trace, step), (right_closed, tokens_closed), (right_left, tokens_left) in zip(
+        batch, closed, left, strict=True
+    ):
         end, stood, p = trace.steps[step].token_end, labels_of(trace).answer_token, trace.problem
         rows.append(
             Closing(

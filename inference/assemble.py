@@ -30,7 +30,7 @@ def assemble(config: AssembleConfig) -> dict[str, Any]:
     """Stage ``assemble``. Copies model, plan, probes, directions and gates into ``out``.
 
     Rules whose probe is missing are dropped, aloud; a missing direction or gate is an error.
-    ``at_step`` of the instance rule is set to the number of steps its probe was fitted on. Everything is built beside
+    The instance rule is read as its probe was fitted: once (``at_step``), or from a step on (``min_steps``). Everything is built beside
     ``out`` and renamed into place, so a killed run leaves no half checkpoint.
     """
     out, source = Path(config.out), Path(config.probes)
@@ -164,6 +164,7 @@ def _build(
                 "level": p.features.level,
                 "features": p.features.name,
                 "window": p.features.window,
+                **({"exit_from": p.features.exit_from} if p.features.exit_from else {}),
                 "threshold": float(p.threshold),
             }
             for name, p in probes.items()

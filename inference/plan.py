@@ -1,9 +1,9 @@
 """Plans: what to watch, when to act, what to do (core.md §1.10; related.md §G). A plan is a value, written as YAML.
 
 Rules are ordered and order is priority: when several forced texts are due in one step, the first wins and the others
-are logged as suppressed, but a text that closes the thinking comes after all that do not; tensor rules that write one site act in this order, if ``conflicts`` says so. Controls
-(``controls.py``) are the same plan with the sources of its triggers, its signs or its directions replaced, so they
-share its budgets, cooldowns and texts.
+are logged as suppressed, but a text that closes the thinking comes after all that do not; tensor rules that write one
+site act in this order, if ``conflicts`` says so. Controls (``controls.py``) are the same plan with the sources of its
+triggers, its signs or its directions replaced, so they share its budgets, cooldowns and texts.
 """
 
 from __future__ import annotations

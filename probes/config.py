@@ -118,9 +118,26 @@ class FitConfig:
     )
     intra: list[int] = field(default_factory=lambda: [2, 4], metadata={"help": "windows k to try for intra"})
     inter: list[int] = field(default_factory=lambda: [4, 8], metadata={"help": "windows k to try for inter"})
-    instance: list[int] = field(default_factory=lambda: [2, 4], metadata={"help": "steps K to try for instance"})
+    instance: list[int] = field(
+        default_factory=lambda: [2, 4],
+        metadata={"help": "steps K to try for instance; with closings, also windows k of the exit"},
+    )
+    closings: str = field(
+        default="",
+        metadata={
+            "help": "closings.jsonl of data closings on these traces: the instance probe is an exit, read at every step "
+            "from K on, of where closing costs nothing; without it, easy against hard questions, read once"
+        },
+    )
+    price: float = field(
+        default=0.1,
+        metadata={
+            "help": "points of accuracy that one per cent of the tokens is worth: the exit's threshold is the best on "
+            "validation by points minus price times tokens in per cent"
+        },
+    )
     false_alarm_rate: float = field(
-        default=0.1, metadata={"help": "share of clean traces that may be alarmed, per level"}
+        default=0.1, metadata={"help": "share of clean traces that may be alarmed, per level (an exit has a price)"}
     )
     epochs: int = field(default=40, metadata={"help": "most epochs; stops early on validation AUROC"})
     hidden: int = field(default=128, metadata={"help": "width of the two hidden layers"})
@@ -142,8 +159,11 @@ class FitConfig:
             raise UserError(f"key 'false_alarm_rate' must lie in [0, 1), got {self.false_alarm_rate}")
         for level, least in (("intra", 2), ("inter", 2), ("instance", 1)):
             windows = getattr(self, level)
+            least = 2 if self.closings else least  # an exit reads a trailing window, as intra does
             if not windows or min(windows) < least:
                 raise UserError(f"key '{level}' needs windows of at least {least} steps, got {windows}")
+        if not 0 <= self.price < float("inf"):
+            raise UserError(f"key 'price' must be 0 or more points a per cent, got {self.price}")
         if not self.weight_decay:
             raise UserError("key 'weight_decay' is empty; name at least one value, for example 0.01")
         if not self.candidates:

@@ -8,8 +8,8 @@ there is a late one) but neither trained on nor counted.
   traces, dropped after it.
 - **instance**: one sample a trace, at the K-th separator: 1 easy (at least 7 of 8 samples of the problem right, and
   NoThinking right where it is known), 0 hard (at most 3 of 8), else dropped. With other sample counts the same rates.
-- **instance, as an exit**: one sample a separator that ``data closings`` forecast: 1 where closing the thinking was right
-  as often as leaving it alone, or more often (so also where neither ever was), 0 where it cost something.
+- **instance, as an exit**: one sample a separator that ``data closings`` forecast: 1 where closing the thinking was
+  right as often as leaving it alone, or more often (so also where neither ever was), 0 where it cost something.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def closings_of(rows: Sequence[Closing], traces: Sequence[Trace]) -> list[list[C
         ends = [] if i is None else bounds_of(traces[i])[1:]
         if i is None or row.step >= len(ends) or ends[row.step] != row.token:
             raise UserError(
-                f"closings: trace '{row.trace}' has no separator that closes step {row.step} at token {row.token}; name "
-                "the traces that data closings read"
+                f"closings: trace '{row.trace}' has no separator that closes step {row.step} at token {row.token}; "
+                "name the traces that data closings read"
             )
         out[i].append(row)
     return [sorted(found, key=lambda c: c.step) for found in out]

@@ -21,7 +21,7 @@ from neureasoner.probes.detectors.study import LevelStudy
 from neureasoner.probes.detectors.tables import build_tables
 from neureasoner.probes.detectors.token_samples import draw_trajectories, sample_tokens, table_4
 from neureasoner.probes.features import FeatureSet
-from neureasoner.probes.labels import instance_labels, split_problems
+from neureasoner.probes.labels import closings_of, instance_labels, read_closings, split_problems
 from neureasoner.probes.spectrum import BACKEND
 from neureasoner.sites import Layout
 from neureasoner.stages import MARK, StageFolder
@@ -61,7 +61,13 @@ def _random_elsewhere(site: str, layer: int, layout: Layout, seed: int) -> str:
 
 
 def parts_of(
-    level: str, window: int, neurons: dict[str, Any], more: Sequence[dict[str, Any]], layout: Layout, seed: int
+    level: str,
+    window: int,
+    neurons: dict[str, Any],
+    more: Sequence[dict[str, Any]],
+    layout: Layout,
+    seed: int,
+    exit_from: int = 0,
 ) -> dict[str, FeatureSet]:
     """Every part that some feature set of ``SETS`` is made of, by its key."""
     layer, site = neurons["layer"], neurons["levels"][level]["site"]
@@ -71,7 +77,7 @@ def parts_of(
     others = " ".join(m["levels"][level]["site"] for m in more if level in m["levels"])
 
     def named(name: str, channels: str = "", residual: str = middle, backend: str = BACKEND) -> FeatureSet:
-        return FeatureSet.named(name, level, window, channels, residual, backend)
+        return FeatureSet.named(name, level, window, channels, residual, backend, exit_from)
 
     out = {
         "spectral": named("spectral", site),
@@ -99,8 +105,11 @@ def _paper_protocol(
     window: int,
     channels: str,
     easy: dict[str, int],
+    exit_from: int,
 ) -> dict[str, Any]:
     """The paper's Table 4 by its own protocol, and the same samples split by trajectory; mean and sd over draws."""
+    if exit_from:
+        return {"skipped": "an exit has labels at the separators forecast, and the paper's protocol labels every token"}
     runs: dict[str, list[dict[str, float]]] = {"tokens": [], "trajectories": []}
     sizes = []
     for r in range(config.repeats):
@@ -153,8 +162,11 @@ def report(config: ReportConfig) -> dict[str, Any]:
     if not (where / "results.json").is_file() or not (where / MARK).is_file():
         raise UserError(f"{where}: holds no results.json of a finished fit; run probes fit first, or name its folder")
     results, before = read_json(where / "results.json"), read_json(where / MARK)["config"]
-    source = {k: getattr(config, k) or before[k] for k in ("model", "traces", "neurons", "nothinking")}
-    named = [source["traces"], source["neurons"], *config.more_neurons, *filter(None, [source["nothinking"]])]
+    source = {
+        k: getattr(config, k) or before.get(k, "") for k in ("model", "traces", "neurons", "nothinking", "closings")
+    }
+    asked = filter(None, [source["nothinking"], source["closings"]])
+    named = [source["traces"], source["neurons"], *config.more_neurons, *asked]
     folder = StageFolder(config.out, "probes report", config, inputs=[where / "results.json", *named])
     if folder.done:
         return folder.summary
@@ -170,8 +182,10 @@ def report(config: ReportConfig) -> dict[str, Any]:
     levels = [name for name in results["levels"] if name in config.levels]
     windows = {name: results["levels"][name]["chosen"]["window"] for name in levels}
     layout = Layout.of(model)
-    parts = {name: parts_of(name, windows[name], neurons, more, layout, config.seed) for name in levels}
-    tables = build_tables(folder.path / "features", model, tokenizer, traces, parts, easy, config.batch_size)
+    closings = closings_of(read_closings(source["closings"]), traces) if source["closings"] else None
+    exits = {name: results["levels"][name].get("exit", {}).get("from_step", 0) for name in levels}
+    parts = {name: parts_of(name, windows[name], neurons, more, layout, config.seed, exits[name]) for name in levels}
+    tables = build_tables(folder.path / "features", model, tokenizer, traces, parts, easy, config.batch_size, closings)
     summary: dict[str, Any] = {"levels": {}}
     for name in levels:
         kept = folder.path / "parts" / name
@@ -182,7 +196,8 @@ def report(config: ReportConfig) -> dict[str, Any]:
                 write_json(path, run())
             return read_json(path)
 
-        decisions = Decisions.of(name, next(iter(tables[name].values())), traces, split, easy)
+        own = closings if exits[name] else None
+        decisions = Decisions.of(name, next(iter(tables[name].values())), traces, split, easy, own)
         sets = [s for s in SETS if all(p in tables[name] for p in s.split("+"))]
         level = LevelStudy(
             decisions,
@@ -203,7 +218,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
             site = neurons["levels"][name]["site"]
             entry["table_4"] = once(
                 "table_4",
-                lambda: _paper_protocol(config, model, tokenizer, traces, name, windows[name], site, easy),  # noqa: B023
+                lambda: _paper_protocol(config, model, tokenizer, traces, name, windows[name], site, easy, exits[name]),  # noqa: B023
             )
             bar.advance(task)
             for key, run in _experiments(config, level).items():

@@ -22,6 +22,7 @@ class ReportConfig:
     traces: str = field(default="", metadata={"help": "the judged traces, likewise"})
     neurons: str = field(default="", metadata={"help": "neurons.json of probes locate, likewise"})
     nothinking: str = field(default="", metadata={"help": "the judged NoThinking traces, likewise"})
+    closings: str = field(default="", metadata={"help": "closings.jsonl of data closings, likewise"})
     more_neurons: list[str] = field(
         default_factory=list,
         metadata={"help": "neurons.json of other blocks (probes locate --layer), to examine several blocks together"},

@@ -27,14 +27,15 @@ def print_table(results: dict[str, Any]) -> None:
     table.add_column("probe", overflow="fold")
     for name in ("AUROC", "recall", "precision", "false alarms /1k tok", "clean traces alarmed", "delay, tokens"):
         table.add_column(name, justify="right")
+    once = lambda level, prefix, entry: level == "instance" and ("exit" not in entry or prefix == "paper: ")  # noqa: E731
     for level, entry in results["levels"].items():
-        rows = {"": entry["chosen"], "paper: ": entry["paper"]}
+        rows = {"": entry["chosen"]} | ({"paper: ": entry["paper"]} if "paper" in entry else {})
         rows |= {"random: ": entry["controls"]["random"], "control: ": entry["controls"]["length"]}
         for i, (prefix, probe) in enumerate(rows.items()):
             test = probe["test"]
             table.add_row(
                 level if i == 0 else "",
-                f"{prefix}{probe['name']} ({'K' if level == 'instance' else 'k'}={probe['window']})",
+                f"{prefix}{probe['name']} ({'K' if once(level, prefix, entry) else 'k'}={probe['window']})",
                 _cell(test["auroc"]),
                 _cell(test["recall"]),
                 _cell(test["precision"]),
@@ -46,8 +47,33 @@ def print_table(results: dict[str, Any]) -> None:
             )
     console = Console()
     console.print(table)
+    for entry in results["levels"].values():
+        if "exit" in entry:
+            console.print(_exit_table(entry["exit"]))
     for warning in results["warnings"]:
         console.print(f"[yellow]warning[/] {warning}", highlight=False)
+
+
+def _exit_table(found: dict[str, Any]) -> Any:
+    """The exit and its controls: what each knows beyond the family, and what closing by it brings on test problems."""
+    from rich.table import Table
+
+    title = (
+        f"instance: closing the thinking from step {found['from_step']} on, thresholds by utility on validation "
+        f"(1 % of the tokens is worth {found['price']} points)"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("closes by")
+    heads = ("AUROC", "within family", "closed", "points", "tokens saved %", "of solved", "of hopeless")
+    for name in heads:
+        table.add_column(name, justify="right")
+    names = {"chosen": "the probe", "family": "family alone", "length": "length alone", "random": "random channels"}
+    for key, label in {**names, "always": "always, at once"}.items():
+        f = found[key]
+        cells = [_cell(f["auroc"]), _cell(f["within_family"]), _cell(f["closed"]), _cell(f["points"], 1)]
+        cells += [_cell(part["tokens_saved"], 1) for part in (f, f["solved"], f["hopeless"])]
+        table.add_row(label, *cells, style="bold" if key == "chosen" else "")
+    return table
 
 
 def _rows(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:

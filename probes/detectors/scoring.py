@@ -21,7 +21,7 @@ from neureasoner.probes.detectors.metrics import (
     weighted_brier,
 )
 from neureasoner.probes.detectors.tables import Table
-from neureasoner.probes.labels import SPLITS, is_clean, onset
+from neureasoner.probes.labels import SPLITS, Closing, is_clean, onset
 from neureasoner.traces import Trace
 
 
@@ -30,9 +30,10 @@ class Decisions:
     """The decisions of one level over one window, and what is known of their traces.
 
     level    intra, inter or instance
-    y        ``[n]`` 1 failing (instance: easy), 0 clean, -1 dropped; ``trace``, ``step``, ``token`` ``[n]`` as in Table
+    y        ``[n]`` 1 failing (instance: easy, exit: costs nothing), 0 clean, -1 dropped
+    trace, step, token  ``[n]`` as in Table
     problem  ``[m]`` index of a trace's problem in ``problems``; ``family``, ``split`` ``[m]``
-    clean    ``[m]`` whether the judge found nothing (instance: the problem is hard)
+    clean    ``[m]`` whether the judge found nothing (instance: the problem is hard; exit: closing costs at each forecast)
     onset    ``[m]`` first step at which an alarm is right, -1 where there is none
     tokens   ``[m]`` length of the thinking
     """
@@ -52,9 +53,15 @@ class Decisions:
 
     @classmethod
     def of(
-        cls, level: str, table: Table, traces: Sequence[Trace], split: dict[str, str], easy: dict[str, int]
+        cls,
+        level: str,
+        table: Table,
+        traces: Sequence[Trace],
+        split: dict[str, str],
+        easy: dict[str, int],
+        closings: Sequence[Sequence[Closing]] | None = None,
     ) -> Decisions:
-        """Raises UserError if a problem has no split, or an unknown one."""
+        """Raises UserError if a problem has no split, or an unknown one. With ``closings`` the level is an exit."""
         problems = sorted({t.problem.id for t in traces})
         for p in problems:
             if split.get(p) not in SPLITS:
@@ -62,9 +69,11 @@ class Decisions:
                     f"problem '{p}' is in split '{split.get(p)}'; each must be in one of {', '.join(SPLITS)}"
                 )
         index = {p: i for i, p in enumerate(problems)}
-        if level == "instance":
+        begins: list[int | None] = [None] * len(traces)
+        if closings is not None:
+            clean = [bool(found) and not any(c.label for c in found) for found in closings]
+        elif level == "instance":
             clean = [easy[t.problem.id] == 0 for t in traces]
-            begins: list[int | None] = [None] * len(traces)
         else:
             clean = [is_clean(t, level) for t in traces]
             begins = [onset(t, level) for t in traces]

@@ -15,7 +15,7 @@ import torch
 
 from neureasoner.artifacts import read_tensors, write_tensors
 from neureasoner.probes.features import FeatureSet
-from neureasoner.probes.labels import samples
+from neureasoner.probes.labels import Closing, Sample, samples
 from neureasoner.probes.recording.record import record
 from neureasoner.traces import Trace
 
@@ -60,8 +60,12 @@ def build_tables(
     sets: Sets,
     easy: dict[str, int],
     batch_size: int,
+    closings: Sequence[Sequence[Closing]] | None = None,
 ) -> dict[str, dict[str, Table]]:
-    """``{level: {key: Table}}`` for the feature sets given. Records every trace once, into shards under ``cache``."""
+    """``{level: {key: Table}}`` for the feature sets given. Records every trace once, into shards under ``cache``.
+
+    ``closings``: forecasts of each trace, the decisions of feature sets that are an exit.
+    """
     from neureasoner.progress import track
 
     sites = list(dict.fromkeys(s for group in sets.values() for f in group.values() for s in f.sites()))
@@ -72,14 +76,15 @@ def build_tables(
         if not path.is_file():
             members = traces[begin : begin + SHARD]
             recorded = record(model, tokenizer, members, sites, batch_size, thinking_only=True)
-            write_tensors(path, _shard(members, recorded, sets, easy, model.config.hidden_size))
+            forecast = closings and closings[begin : begin + SHARD]
+            write_tensors(path, _shard(members, recorded, sets, easy, model.config.hidden_size, forecast))
         paths.append(path)
     shards = [read_tensors(p)[0] for p in paths]
     out: dict[str, dict[str, Table]] = {}
     for level, group in sets.items():
         out[level] = {}
         for key, features in group.items():
-            found = samples(traces, level, features.window, easy)
+            found = _samples(traces, features, easy, closings)
             out[level][key] = Table(
                 x=np.concatenate([s[f"{level}/{key}"].numpy() for s in shards]),
                 valid=np.concatenate([s[f"{level}/{key}/valid"].numpy() for s in shards]),
@@ -91,16 +96,27 @@ def build_tables(
     return out
 
 
+def _samples(
+    traces: Sequence[Trace], features: FeatureSet, easy: dict[str, int], closings: Sequence[Sequence[Closing]] | None
+) -> list[Sample]:
+    return samples(traces, features.level, features.window, easy, closings if features.exit_from else None)
+
+
 def _shard(
-    traces: Sequence[Trace], recorded: Any, sets: Sets, easy: dict[str, int], hidden_size: int
+    traces: Sequence[Trace],
+    recorded: Any,
+    sets: Sets,
+    easy: dict[str, int],
+    hidden_size: int,
+    closings: Sequence[Sequence[Closing]] | None,
 ) -> dict[str, torch.Tensor]:
     """Features of one shard's traces: ``level/key`` ``[n, d]`` and ``level/key/valid`` ``[n]``."""
     xs: dict[str, list[np.ndarray]] = {f"{level}/{key}": [] for level, group in sets.items() for key in group}
     valid: dict[str, list[bool]] = {name: [] for name in xs}
-    for trace, series in zip(traces, recorded, strict=True):
+    for i, (trace, series) in enumerate(zip(traces, recorded, strict=True)):
         for level, group in sets.items():
             for key, features in group.items():
-                for sample in samples([trace], level, features.window, easy):
+                for sample in _samples([trace], features, easy, closings and closings[i : i + 1]):
                     x, ok = features.compute(series, sample.bounds)
                     xs[f"{level}/{key}"].append(x.astype(np.float32))
                     valid[f"{level}/{key}"].append(ok)
