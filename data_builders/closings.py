@@ -35,15 +35,15 @@ def closings(config: ClosingsConfig) -> dict[str, Any]:
     traces = list(islice(stream_traces(config.traces), config.limit or None))
     tokenizer = load_tokenizer(config.model)
     closing = _check(config, traces, tokenizer)
-    folder = StageFolder(config.out, "data closings", config, inputs=[config.traces, *model_files(config.model)])
-    if folder.done:
-        return folder.summary
     places = [(t, step) for t in traces for step in places_of(t, config, len(closing))]
     if not places:
         raise UserError(
             f"{config.traces}: no trace closes {config.first} thinking steps within {config.max_new_tokens} tokens "
             "(keys 'first', 'max_new_tokens')"
         )
+    folder = StageFolder(config.out, "data closings", config, inputs=[config.traces, *model_files(config.model)])
+    if folder.done:
+        return folder.summary
     print(forecast(places, config, len(closing)), flush=True)
     # Neighbours of like length waste the least padding, and end at about the same time.
     order = sorted(places, key=lambda place: (len(place[0].prompt_ids) + _end(place), place[0].id, place[1]))
@@ -124,8 +124,8 @@ def forecast(places: Sequence[Place], config: ClosingsConfig, closing: int) -> s
     read = sum(len(place[0].prompt_ids) + _end(place) for place in places) / len(places)
     return (
         f"{len(places):,} separators of {len({t.id for t, _ in places}):,} traces, {config.samples} continuations "
-        f"closed and {config.samples} left alone at each: {2 * config.samples * len(places):,} responses behind prefixes "
-        f"of {read:,.0f} tokens (and {closing} of the closing text), about {tokens:,} tokens to sample"
+        f"closed and {config.samples} left alone at each: {2 * config.samples * len(places):,} responses behind "
+        f"prefixes of {read:,.0f} tokens (and {closing} of the closing text), about {tokens:,} tokens to sample"
     )
 
 

@@ -30,8 +30,8 @@ def assemble(config: AssembleConfig) -> dict[str, Any]:
     """Stage ``assemble``. Copies model, plan, probes, directions and gates into ``out``.
 
     Rules whose probe is missing are dropped, aloud; a missing direction or gate is an error.
-    The instance rule is read as its probe was fitted: once (``at_step``), or from a step on (``min_steps``). Everything is built beside
-    ``out`` and renamed into place, so a killed run leaves no half checkpoint.
+    The instance rule is read as its probe was fitted: once (``at_step``), or from a step on (``min_steps``).
+    Everything is built beside ``out`` and renamed into place, so a killed run leaves no half checkpoint.
     """
     out, source = Path(config.out), Path(config.probes)
     plan_file = find_plan(config.plan)

@@ -125,8 +125,8 @@ class FitConfig:
     closings: str = field(
         default="",
         metadata={
-            "help": "closings.jsonl of data closings on these traces: the instance probe is an exit, read at every step "
-            "from K on, of where closing costs nothing; without it, easy against hard questions, read once"
+            "help": "closings.jsonl of data closings on these traces: the instance probe is an exit, read at every "
+            "step from K on, of where closing costs nothing; without it, easy against hard questions, read once"
         },
     )
     price: float = field(

@@ -33,7 +33,7 @@ class Decisions:
     y        ``[n]`` 1 failing (instance: easy, exit: costs nothing), 0 clean, -1 dropped
     trace, step, token  ``[n]`` as in Table
     problem  ``[m]`` index of a trace's problem in ``problems``; ``family``, ``split`` ``[m]``
-    clean    ``[m]`` whether the judge found nothing (instance: the problem is hard; exit: closing costs at each forecast)
+    clean    ``[m]`` whether the judge found nothing (instance: the problem is hard; exit: closing always costs)
     onset    ``[m]`` first step at which an alarm is right, -1 where there is none
     tokens   ``[m]`` length of the thinking
     """

@@ -281,3 +281,24 @@ def test_several_sites_of_spectra_and_states_are_put_side_by_side():
         FeatureSet.named("residual", "intra", 2, "", "residual:2"),
     ]
     np.testing.assert_array_equal(x, np.concatenate([f.compute(series, [0, 20, 40])[0] for f in apart]))
+
+
+def test_an_exit_reads_a_trailing_window_at_every_separator():
+    full = make()
+    for name in NAMES:
+        leave = FeatureSet.named(name, "instance", 3, "neuron:1[3,5]", "residual:1", exit_from=2)
+        assert FeatureSet.from_dict(leave.to_dict()) == leave and not leave.once
+        for n in (2, 3, 4):
+            x, valid = leave.compute(full, BOUNDS[: n + 1])
+            assert valid and x.shape == (leave.dim(6),)
+            if "spectral" not in name:  # what is read does not depend on the level
+                intra = FeatureSet.named(name, "intra", 3, "neuron:1[3,5]", "residual:1")
+                np.testing.assert_array_equal(x, intra.compute(full, BOUNDS[: n + 1])[0])
+    want, _ = spectral_features(full["neuron:1[3,5]"][31:64], "instance")
+    spectral = FeatureSet.named("spectral", "instance", 3, "neuron:1[3,5]", exit_from=2)
+    np.testing.assert_array_equal(spectral.compute(full, BOUNDS)[0], want)
+    for level, window, first in (("intra", 3, 2), ("instance", 1, 2), ("instance", 3, -1)):
+        with pytest.raises(UserError, match=r"exit_from|window 1"):
+            FeatureSet.named("entropy", level, window, exit_from=first)
+    old = {k: v for k, v in FeatureSet.named("entropy", "instance", 2).to_dict().items() if k != "exit_from"}
+    assert FeatureSet.from_dict(old).once, "a probe of before is the paper's kind"

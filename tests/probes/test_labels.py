@@ -7,8 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neureasoner.errors import UserError
-from neureasoner.probes.labels import DROPPED, bounds_of, instance_labels, onset, samples, split_problems
-from neureasoner.traces import InterLabel, IntraLabel, Labels, Problem, Step, Trace
+from neureasoner.probes.labels import (
+    DROPPED,
+    Closing,
+    bounds_of,
+    closings_of,
+    hopeless_problems,
+    instance_labels,
+    onset,
+    read_closings,
+    samples,
+    split_problems,
+)
+from neureasoner.traces import InterLabel, IntraLabel, Labels, Problem, Step, Trace, write_rows
 
 
 def make(n=6, wrong=None, loop=None, correct=True, problem="p", last_open=False):
@@ -86,3 +97,44 @@ def test_promise_12_split_by_problem_never_mixes(n, per, seed):
 def test_too_few_problems():
     with pytest.raises(UserError, match="too few"):
         split_problems([make(problem="a"), make(problem="b")], 0.2, 0.2, 0)
+
+
+def closing(trace="p#0", step=1, closed=2, left=2, problem="p", **more):
+    base = {"trace": trace, "problem": problem, "family": "f", "difficulty": 1, "first": 2, "step": step, "n": 6}
+    rest = {"token": 20 * (step + 1), "tokens_closed": 5.0, "tokens_left": 50.0, "answered": False}
+    return Closing(**(base | rest | {"right_closed": closed, "right_left": left} | more))
+
+
+def test_an_exit_is_labelled_by_what_closing_costs():
+    assert [closing(closed=c, left=w).label for c, w in ((0, 0), (2, 3), (3, 3), (6, 5), (0, 1))] == [1, 0, 1, 1, 0]
+    traces = [make(problem="a"), make(problem="p"), make(n=1, problem="b")]
+    found = closings_of([closing(step=4, left=3), closing(step=1)], traces)
+    assert [[c.step for c in of] for of in found] == [[], [1, 4], []]
+    got = samples(traces, "instance", 4, {"p": 1}, found)
+    assert [(s.trace, s.step, s.label, s.bounds) for s in got] == [
+        (1, 1, 1, (0, 20, 40)),
+        (1, 4, 0, (0, 20, 40, 60, 80, 100)),
+    ]
+    assert hopeless_problems([closing(closed=0, left=0)], [make(correct=False)]) == {"p"}
+    assert not hopeless_problems([closing(closed=1, left=0)], [make(correct=False)])
+    assert not hopeless_problems([closing(closed=0, left=0)], [make(correct=True), make(correct=False)])
+
+
+def test_forecasts_of_other_traces_are_refused(tmp_path):
+    for row, traces, message in (
+        (closing("q#0"), [make()], "'q#0'"),
+        (closing(step=6), [make()], "step 6"),
+        (closing(token=41), [make()], "token 41"),
+        (closing(), [make(), make()], "id twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            closings_of([row], traces)
+    path = tmp_path / "closings.jsonl"
+    write_rows(path, [closing(), closing(step=2)])
+    assert read_closings(path) == [closing(), closing(step=2)]
+    write_rows(path, [closing(), closing()])
+    with pytest.raises(UserError, match=r"step 1 of trace 'p#0'"):
+        read_closings(path)
+    write_rows(path, [{"trace": "p#0"}])
+    with pytest.raises(UserError, match="line 1"):
+        read_closings(path)

@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from neureasoner.errors import UserError
-from neureasoner.probes.sliding import FFTWindow, SlidingWindow, StreamingWindow, check_spec
+from neureasoner.probes.features import FeatureSet
+from neureasoner.probes.sliding import FFTWindow, SlidingWindow, StreamingWindow, check_spec, window_for
 from neureasoner.probes.spectrum import BACKEND, EPS, FLOOR, SPECTRAL, spectral_features
 
 SERIES = {  # core.md §8.1
@@ -377,3 +378,20 @@ def test_specs_are_plain_and_a_probe_refuses_others():
     ]:
         with pytest.raises(UserError, match=key):
             check_spec(want, got)
+
+
+def test_promise_5_a_streamed_exit_is_the_offline_one():
+    """Tokens pushed one by one, the oldest step dropped at each separator, against the feature set's own window."""
+    rng, bounds = np.random.default_rng(4), [0, 9, 21, 40, 44, 61, 90]
+    full = rng.normal(size=(90, 2))
+    leave = FeatureSet.named("spectral", "instance", 3, "neuron:1[3,5]", exit_from=2)
+    window, read_at = window_for(leave, 1), 0
+    for n, end in enumerate(bounds[1:], 1):
+        for y in full[bounds[n - 1] : end]:
+            window.push(y[None])
+        window.pop(max(0, leave.start(bounds[: n + 1]) - int(window.start[0])))
+        x, valid = window.features("instance")
+        offline, _ = leave.compute({"neuron:1[3,5]": full}, bounds[: n + 1])
+        np.testing.assert_allclose(x[0], offline, rtol=0, atol=1e-9)
+        read_at += bool(valid[0])
+    assert read_at == 6

@@ -16,8 +16,9 @@ from neureasoner.probes.detectors.fit import fit
 from neureasoner.probes.detectors.probe import Probe
 from neureasoner.probes.detectors.report import report
 from neureasoner.probes.detectors.report_config import ReportConfig
+from neureasoner.probes.labels import Closing
 from neureasoner.steps import segment
-from neureasoner.traces import InterLabel, IntraLabel, Labels, Problem, Trace, write_rows
+from neureasoner.traces import InterLabel, IntraLabel, Labels, Problem, Trace, read_traces, write_rows
 
 GOOD = [
     "Okay, let me think about {} + {} = 42.",
@@ -127,6 +128,63 @@ def test_planted_failures_are_found_and_beat_the_controls(work):
     assert intra["chosen"]["test"]["false_alarms_per_1000_tokens"]["value"] < 5
 
 
+def forecasts(traces):
+    """Closing costs nothing from the fourth step of an easy trace on, and three answers in four anywhere else."""
+    rows = []
+    for t in traces:
+        for step in (1, 3, 5):
+            free = t.labels.correct and step >= 3
+            end = t.steps[step].token_end
+            left = 4.0 * (len(t.response_ids) - end)
+            rows.append(
+                Closing(t.id, t.problem.id, t.problem.family, 1, 2, step, end, 4, 4 if free else 1, 4, 8.0, left, free)
+            )
+    return rows
+
+
+def closing_config(work, tmp_path, out="fit", **more):
+    write_rows(tmp_path / "closings.jsonl", forecasts(read_traces(work / "traces.jsonl")))
+    quick = {
+        "closings": str(tmp_path / "closings.jsonl"),
+        "candidates": ["entropy+residual"],
+        "inter": [2],
+        "epochs": 8,
+    }
+    return fit_config(work, out=str(tmp_path / out), **(quick | more))
+
+
+def test_an_exit_is_fitted_where_closing_costs_nothing(work, tmp_path, capsys):
+    results = fit(closing_config(work, tmp_path))
+    entry = results["levels"]["instance"]
+    found, area = entry["exit"], entry["chosen"]["test"]["auroc"]["value"]
+    probe = Probe.load(tmp_path / "fit" / "instance")
+    assert (probe.features.exit_from, probe.features.window) == (2, 2) and not probe.features.once
+    assert area > 0.8 and found["chosen"]["auroc"]["value"] == area
+    assert found["chosen"]["threshold"] == probe.threshold == entry["chosen"]["test"]["threshold"]
+    assert found["family"]["within_family"]["value"] == 0.5 and set(found["chosen"]["families"]) == {"f"}
+    # half of the traces are hard: closing all costs three in four of their answers, closing the easy ones nothing
+    assert found["always"]["points"]["value"] < -50 < found["chosen"]["points"]["value"] - 40
+    assert found["chosen"]["tokens_saved"]["value"] > 5
+    assert found["chosen"]["validation_utility"] > found["validation_utility_of_never_closing"]
+    solved, hopeless = (found["chosen"][k]["traces"] for k in ("solved", "hopeless"))
+    assert solved + hopeless == results["split"]["test"]["traces"]
+    assert {"threshold", "validation", "test"} == set(found["curve"][0])
+    assert "closing the thinking from step 2 on" in " ".join(capsys.readouterr().out.split())
+    # the paper's pairs stay, as the control: read once, of easy and hard questions
+    paper = Probe.load(tmp_path / "fit" / "paper" / "instance")
+    assert paper.features.once and entry["paper"]["test"]["n"] == results["split"]["test"]["traces"]
+    assert not results["warnings"]
+
+
+def test_an_exit_that_does_not_pay_is_said_to(work, tmp_path):
+    results = fit(closing_config(work, tmp_path, price=0.0))
+    assert [w for w in results["warnings"] if "'price'" in w and w.startswith("instance")]
+    with pytest.raises(UserError, match="'price'"):
+        closing_config(work, tmp_path, price=-1.0)
+    with pytest.raises(UserError, match="'instance'"):
+        closing_config(work, tmp_path, instance=[1])
+
+
 @pytest.mark.slow
 def test_report_draws_figures(work, capsys):
     small = {
@@ -165,6 +223,17 @@ def test_a_finished_fit_returns_at_once_and_other_settings_are_refused(work, mon
     assert set(fit(fit_config(work))["levels"]) == {"intra", "inter", "instance"}
     with pytest.raises(UserError, match="other settings"):
         fit(fit_config(work, seed=5))
+
+
+@pytest.mark.slow
+def test_report_examines_an_exit(work, tmp_path):
+    fit(closing_config(work, tmp_path))
+    small = {"estimators": ["logistic"], "compared": ["logistic"], "curve": [6], "repeats": 1, "bootstrap": 20}
+    report(ReportConfig(fit=str(tmp_path / "fit"), out=str(tmp_path / "report"), levels=["instance"], **small))
+    entry = json.loads((tmp_path / "report" / "report.json").read_text())["levels"]["instance"]
+    assert "skipped" in entry["table_4"] and entry["window"] == 2
+    best = next(e for e in entry["sets"] if e["set"] == entry["chosen"])
+    assert best["test"]["auroc"]["value"] > 0.8
 
 
 @pytest.mark.slow
