@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from neureasoner.errors import UserError
+from neureasoner.inference.assemble import assemble
+from neureasoner.inference.config import AssembleConfig
 from neureasoner.inference.controller import Controller
 from neureasoner.inference.controls import measured_rates
+from neureasoner.inference.steered import SteeredModel
+from neureasoner.models import fingerprint
+from neureasoner.probes.detectors.probe import Probe
 from neureasoner.probes.features import FeatureSet
 
 CLOSE = "Okay, I have finished thinking.\n</think>\n\n"
@@ -138,3 +144,32 @@ def test_a_plan_follows_the_kind_of_its_instance_probe(talker, tokenizer, kit):
         Controller(talker(), tokenizer, kit.plan_of(instance=(CLOSE, {"probe": "p", "min_steps": 2})), leave)
     with pytest.raises(UserError, match="set at_step"):
         Controller(talker(), tokenizer, exits, paper)
+
+
+def test_a_checkpoint_of_an_exit_asks_at_every_step_and_its_paper_arm_once(make_model, tokenizer, tmp_path):
+    """The shipped plan, as it is, with the probes that `probes fit` writes beside each other."""
+    model = make_model()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    kinds = {"instance": FeatureSet.named("entropy+residual", "instance", 2, residual="residual:0", exit_from=3)}
+    kinds["paper/instance"] = FeatureSet.named("spectral", "instance", 2, "neuron:1[3,5]")
+    rng = np.random.default_rng(0)
+    for name, features in kinds.items():
+        x, y = rng.normal(size=(24, features.dim(32))), np.arange(24) % 2
+        probe = Probe(features, model="m", model_fingerprint=fingerprint(model), hidden=8, epochs=1).fit(x, y)
+        probe.threshold = 0.0 if "paper" in name else 0.999999
+        probe.save(tmp_path / "probes" / name)
+    folders = {"model": str(tmp_path / "base"), "probes": str(tmp_path / "probes"), "out": str(tmp_path / "steered")}
+    config = AssembleConfig(**folders, plan=str(Path(__file__).parents[2] / "configs" / "plans" / "neureasoner.yaml"))
+    with pytest.warns(UserWarning, match="is dropped"):
+        assemble(config)
+    steered = SteeredModel.from_pretrained(tmp_path / "steered", device="cpu")
+    t = steered.plan.rule("instance").trigger
+    assert (t.at_step, t.min_steps) == (None, 3)
+    out = steered.generate(["12 + 30?"] * 8, temperature=1.5, max_new_tokens=300, seed=2)
+    asked = [[s["step"] for s in g.scores] for g in out]
+    assert max(map(len, asked)) > 2 and all(a == sorted(set(a)) and a[:1] >= [2] for a in asked if a)
+    paper = steered.paper()
+    assert (paper.plan.rule("instance").trigger.at_step, paper.plan.rule("instance").trigger.min_steps) == (2, 0)
+    scores = [g.scores for g in paper.generate(["12 + 30?"] * 8, temperature=1.5, max_new_tokens=300, seed=2)]
+    assert {tuple(s["step"] for s in row) for row in scores} <= {(), (1,)} and any(scores)
