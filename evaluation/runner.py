@@ -147,20 +147,23 @@ class ArmRun:
             nothinking=self.arm.nothinking,
             oracles=self._oracles() if self._oracles else None,
         )
-        separators = Separators.of(tokenizer)
-        traces = []
-        for problem, g, prefill in zip(problems, generations, prefills, strict=True):
-            name = f"{problem.id}#{sample}" + (f".{vote}" if self.k > 1 else "")
-            trace = g.to_trace(name, problem, arm=self.arm.name, sample=sample, vote=vote, seed=seed, scores=g.scores)
-            offsets = separators.offsets(trace.response_ids)[1]
-            if prefill:
-                trace.meta["prefill"] = prefill
-            trace.meta["forced_chars"] = _spans(trace.meta.get("forced", []), offsets)
-            for event in trace.events:
-                event["char"] = offsets[event["token"]]
-            trace.labels = judged(trace)
-            traces.append(trace)
-        return traces
+        given = zip(problems, generations, prefills, strict=True)
+        return [self.trace(problem, g, prefill, sample, vote, seed) for problem, g, prefill in given]
+
+    def trace(self, problem: Problem, g: Any, prefill: int, sample: int, vote: int, seed: int) -> Trace:
+        """A response as the trace that is kept, judged."""
+        name = f"{problem.id}#{sample}" + (f".{vote}" if self.k > 1 else "")
+        trace: Trace = g.to_trace(
+            name, problem, arm=self.arm.name, sample=sample, vote=vote, seed=seed, scores=g.scores
+        )
+        offsets = Separators.of(self.model.tokenizer).offsets(trace.response_ids)[1]
+        if prefill:
+            trace.meta["prefill"] = prefill
+        trace.meta["forced_chars"] = _spans(trace.meta.get("forced", []), offsets)
+        for event in trace.events:
+            event["char"] = offsets[event["token"]]
+        trace.labels = judged(trace)
+        return trace
 
     def merge(self) -> None:
         """Put the parts into one file, then drop them."""
