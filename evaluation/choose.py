@@ -154,7 +154,6 @@ def results(search: Search, chosen: str) -> dict[str, Any]:
         "seeds": {"sampling": config.seed, "samples": config.samples},
         "sampling": {k: getattr(config, k) for k in ("temperature", "top_p", "max_new_tokens", "batch_size")},
         "model": config.model,
-        "trained": str(search.steered.card.get("model") or ""),
         "base": str(search.steered.card.get("base") or ""),
         "out": config.out,
         "versions": versions(),

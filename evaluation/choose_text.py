@@ -75,7 +75,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         "problem. The best of several looks better than it is: what it brings has to be measured on other problems."
     )
     out = found["out"]
-    model, base = found["trained"] or "MODEL", found["base"]
+    model, base = found["model"], found["base"]
     after = f"neureasoner assemble --model {model}{f' --base {base}' if base else ''} --plan {out} --out CHECKPOINT"
     parts = [first, "", *(f"- {fate(r, found)}" for r in found["rules"]), "", how, "", *candidates_table(found), ""]
     return "\n".join([*parts, f"Written: {out}/plan.yaml, choice.json, frontier.png. Next: {after}"]) + "\n"
@@ -86,18 +86,23 @@ def draw(folder: Path, found: Mapping[str, Any]) -> None:
     figure, (ax,) = panels(1, 4.6)
     figure.set_size_inches(7.2, 4.6)
     best = next(c for c in found["candidates"] if c["chosen"])
-    for c in found["candidates"]:
+    middle = sum(c["tokens_percent"] for c in found["candidates"]) / len(found["candidates"])
+    labelled: set[tuple[float, float]] = set()
+    for c in sorted(found["candidates"], key=lambda c: len(c["rules"])):
         x, y = c["tokens_percent"], 100 * c["accuracy"]
         colour = (NONE, ONE, MANY)[min(len(c["rules"]), 2)]
-        ax.plot(x, y, "o", color=colour, ms=5, zorder=3)
-        if c["frontier"] or c["chosen"]:
-            ax.annotate(_rules(c), (x, y), xytext=(5, 5), textcoords="offset points", fontsize=6.5, color=colour)
+        ax.plot(x, y, "o", color=colour, ms=5, zorder=5 - min(len(c["rules"]), 2))
+        if (c["frontier"] or c["chosen"]) and (x, y) not in labelled:  # of plans that come to the same, the shortest
+            labelled.add((x, y))
+            side = {"xytext": (6, 4), "ha": "left"} if x <= middle else {"xytext": (-6, 4), "ha": "right"}
+            words = _rules(c).replace(" + ", "\n")
+            ax.annotate(words, (x, y), textcoords="offset points", fontsize=6.5, color=colour, **side)
     frontier = sorted((c["tokens_percent"], 100 * c["accuracy"]) for c in found["candidates"] if c["frontier"])
     ax.plot(*zip(*frontier, strict=True), color="#999999", lw=1, zorder=1, label="frontier")
     x, y = best["tokens_percent"], 100 * best["accuracy"]
     low, high = (100 * e for e in best["accuracy_ci"])
     ax.plot([x, x], [low, high], color=CHOSEN, lw=1.2, zorder=2)
-    ax.plot(x, y, "*", color=CHOSEN, ms=14, zorder=4, label="chosen, with its 95 % interval")
+    ax.plot(x, y, "*", color=CHOSEN, ms=14, zorder=6, label="chosen, with its 95 % interval")
     ends = ax.get_xlim()
     ax.plot(
         ends, [y + found["price"] * (e - x) for e in ends], ":", color=CHOSEN, lw=1, zorder=1, label="equal utility"
@@ -108,5 +113,5 @@ def draw(folder: Path, found: Mapping[str, Any]) -> None:
     ax.set_xlabel("tokens, % of no plan")
     ax.set_ylabel("right answers, %")
     ax.set_title(f"{found['problems']['n']} validation problems × {found['seeds']['samples']}", fontsize=9)
-    ax.legend(frameon=False, fontsize=7)
+    ax.legend(frameon=False, fontsize=7, loc="best")
     save(figure, folder / "frontier.png")

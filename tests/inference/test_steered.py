@@ -316,7 +316,7 @@ def test_what_a_plan_names_and_does_not_get_is_named(steering, make_model, token
         assemble(AssembleConfig(**config | {"plan": str(other)}))
     with pytest.raises(UserError, match=r"names gate gates/none: .*holds no gate.json"):
         SteeredModel.from_pretrained(steering / "model", other, device="cpu")
-    with pytest.raises(UserError, match="names probe probes/instance, .* give the folder of `probes fit`"):
+    with pytest.raises(UserError, match=r"names probe probes/instance, .* give the folder of `probes fit`"):
         assemble(AssembleConfig(**config | {"plan": str(SHIPPED)}))
     with pytest.raises(UserError, match="key 'out' is empty"):
         AssembleConfig("m")
