@@ -130,24 +130,37 @@ def test_random_trigger_takes_its_rates_from_full(whole: Path, checkpoint: Path)
         assert all(e["threshold"] == pytest.approx(1 - rates[e["rule"]]) for e in t.events)
 
 
-def test_closing_coins_take_their_rates_from_full(whole: Path) -> None:
-    """The fixture's closing rule is the first of its plan: wherever it was asked, it could have won."""
-    full = read_traces(whole / "traces" / "full.jsonl")
-    asked = {t.id: [s for s in t.meta["scores"] if s["rule"] == "instance"] for t in full}
-    closed = {t.id: [e for e in t.events if e["rule"] == "instance" and not e["suppressed"]] for t in full}
-    assert any(asked.values()) and any(closed.values())
-    found = read_json(whole / "results.json")["closings"]
+def test_closing_rates_are_those_of_the_traces(whole: Path, checkpoint: Path) -> None:
+    """Counted by hand where the rule acts alone: wherever its probe was asked, it could have won."""
+    from neureasoner.evaluation.closings import closing_rates
+    from neureasoner.models import load_tokenizer
+
+    plan, tokenizer = Plan.load(checkpoint / "model"), load_tokenizer(str(checkpoint / "model"))
+    alone = read_traces(whole / "traces" / "instance.jsonl")
+    asked = {t.id: t.meta["scores"] for t in alone}
+    closed = {t.id: [e for e in t.events if not e["suppressed"]] for t in alone}
+    assert any(closed.values()) and sum(map(len, closed.values())) < sum(map(len, asked.values()))
+    found = closing_rates(alone, plan.select(["instance"]), tokenizer)
     for family in ("arithmetic", "countdown", "words", "*"):
-        rows = [t.id for t in full if family in (t.problem.family, "*")]
+        rows = [t.id for t in alone if family in (t.problem.family, "*")]
         n, k = (sum(len(of[i]) for i in rows) for of in (asked, closed))
         assert found["share"][family] == pytest.approx(k / len(rows))
         rates = found["pooled"]["*"] if family == "*" else found["by_family"][family]
-        assert rates == ({"3": pytest.approx(k / n)} if k else {}), (
-            "the probe is read after three steps, and only there"
-        )
-    for name in ("family_closing", "random_closing"):
+        assert rates == ({"3": pytest.approx(k / n)} if k else {}), "it is read after three steps only"
+
+
+def test_closing_coins_take_their_rates_from_full(whole: Path, checkpoint: Path) -> None:
+    from neureasoner.evaluation.closings import closing_rates
+    from neureasoner.models import load_tokenizer
+
+    plan, tokenizer = Plan.load(checkpoint / "model"), load_tokenizer(str(checkpoint / "model"))
+    full = closing_rates(read_traces(whole / "traces" / "full.jsonl"), plan, tokenizer)
+    assert read_json(whole / "results.json")["closings"] == full
+    for name, rates in (("family_closing", full["by_family"]), ("random_closing", full["pooled"])):
         for t in read_traces(whole / "traces" / f"{name}.jsonl"):
-            assert all(e["step"] == 2 for e in t.events), "the third step"
+            known = rates.get(t.problem.family, rates.get("*", {}))
+            assert all(known[str(e["step"] + 1)] > 0 for e in t.events)
+            assert bool(t.meta["scores"]) or not t.events
 
 
 def test_closing_coins_fall_by_family_and_step(tiny_tokenizer: Any) -> None:
