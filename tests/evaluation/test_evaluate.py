@@ -137,6 +137,7 @@ def test_closing_rates_are_those_of_the_traces(whole: Path, checkpoint: Path) ->
 
     plan, tokenizer = Plan.load(checkpoint / "model"), load_tokenizer(str(checkpoint / "model"))
     alone = read_traces(whole / "traces" / "instance.jsonl")
+    next(t for t in alone if t.events).events = []  # as if its score had been below the threshold
     asked = {t.id: t.meta["scores"] for t in alone}
     closed = {t.id: [e for e in t.events if not e["suppressed"]] for t in alone}
     assert any(closed.values()) and sum(map(len, closed.values())) < sum(map(len, asked.values()))
