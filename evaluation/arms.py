@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from neureasoner.inference.steered import SteeredModel
 
 VANILLA, FULL, RANDOM, VOTE, NO_THINKING = "vanilla", "full", "random_trigger", "self_consistency", "no_thinking"
+FAMILY_CLOSING, RANDOM_CLOSING = "family_closing", "random_closing"
 SHARES = (0.25, 0.5, 0.75)  # budgets, as shares of vanilla's mean thinking: the points of a budget's curve
 
 
@@ -29,8 +30,9 @@ class Arm:
 
     model     ``base`` (the vanilla model) or ``steered`` (the trained one)
     rules     rules of the plan to keep; ``all``, none, or names
-    trigger   who pulls: ``probe`` (the chosen ones), ``paper`` (spectral only), ``random``, ``oracle``; or another
-              control of the plan, ``flipped`` or ``random_direction`` (``inference/controls.py``)
+    trigger   who pulls: ``probe`` (the chosen ones), ``paper`` (spectral only), ``random``, ``oracle``, ``rates`` (a
+              coin at the rates of ``evaluation/closings.py``); or another control of the plan, ``flipped`` or
+              ``random_direction`` (``inference/controls.py``)
     needs     arms measured first, because this one takes a number from them
     baseline  how it decodes, a name of ``inference.baselines``
     default   whether it runs without being asked for by name
@@ -77,6 +79,17 @@ ARMS: dict[str, Arm] = {
             needs=(FULL, NO_THINKING),
         ),
         Arm("oracle_trigger", "all rules pulled by the exact judge: the ceiling", rules=("all",), trigger="oracle"),
+        *(
+            Arm(f"oracle_{rule}", f"only the rule {rule}, pulled by the exact judge", rules=(rule,), trigger="oracle")
+            for rule in ("intra", "inter", "instance")
+        ),
+        *(
+            Arm(name, about, rules=("instance",), trigger="rates", needs=(FULL,))
+            for name, about in (
+                (FAMILY_CLOSING, "only the closing rule, pulled by a coin at full's rate in each family and step"),
+                (RANDOM_CLOSING, "only the closing rule, pulled by a coin at full's rate at each step, any family"),
+            )
+        ),
         Arm("flipped", "all rules, their strengths with the other sign", rules=("all",), trigger="flipped"),
         Arm(
             "random_direction",
@@ -133,7 +146,11 @@ LACKS = {  # what a plan has to have for a control, in words
 
 # Whom each arm is compared with, paired by problem, besides vanilla.
 RIVALS = {
-    FULL: ("random_trigger", "random_direction", "sft_only", "full_paper", VOTE, "no_thinking_share"),
+    FULL: (
+        *(RANDOM, FAMILY_CLOSING, RANDOM_CLOSING, "random_direction"),
+        *("sft_only", "full_paper", VOTE, "no_thinking_share"),
+    ),
+    **{f"oracle_{rule}": ("sft_only", rule) for rule in ("intra", "inter", "instance")},
     "oracle_trigger": (FULL,),
     "full_paper": (RANDOM,),
 }
@@ -213,9 +230,13 @@ def votes(full_tokens: float, answer_tokens: float) -> int:
 
 
 def replay(trace: Trace, plan: Plan, tokenizer: Any) -> dict[str, tuple[int, int]]:
-    """(times a rule could have won, times it did) by rule: the controller's bookkeeping run over a finished trace.
+    """(times a rule could have won, times it did) by rule, of ``occasions``."""
+    return {name: (len(due), len(won)) for name, (due, won) in occasions(trace, plan, tokenizer).items()}
 
-    A rule could have won where it was due and no rule of higher priority won.
+
+def occasions(trace: Trace, plan: Plan, tokenizer: Any) -> dict[str, tuple[list[int], list[int]]]:
+    """After how many steps a rule could have won, and after how many it did, by rule: the controller's bookkeeping run
+    over a finished trace. A rule could have won where it was due and no rule of higher priority won.
     """
     from neureasoner.inference.rows import RowState
     from neureasoner.probes.features import MIN_TOKENS
@@ -224,7 +245,8 @@ def replay(trace: Trace, plan: Plan, tokenizer: Any) -> dict[str, tuple[int, int
 
     forced, order = plan.forced_ids(tokenizer), _alarmed(plan)
     won = {e["token"]: e["rule"] for e in trace.events if not e["suppressed"] and e["rule"] in order}
-    due, fired = dict.fromkeys(order, 0), dict.fromkeys(order, 0)
+    due: dict[str, list[int]] = {name: [] for name in order}
+    fired: dict[str, list[int]] = {name: [] for name in order}
     eos = {trace.response_ids[-1]} if trace.finished else set()
     opened = opens_thinking(trace.prompt_ids, tokenizer)
     row = RowState(0, StepSegmenter(Separators.of(tokenizer), opened, eos), tokenizer)
@@ -237,9 +259,9 @@ def replay(trace: Trace, plan: Plan, tokenizer: Any) -> dict[str, tuple[int, int
             if seen < MIN_TOKENS and winner != rule.name:
                 continue  # its probe is silent here
             if row.due(rule) and (winner is None or order.index(rule.name) <= order.index(winner)):
-                due[rule.name] += 1
+                due[rule.name].append(row.steps)
         if winner is not None:
-            fired[winner] += 1
+            fired[winner].append(row.steps)
             row.fire(plan.rule(winner), forced[winner])
     return {name: (due[name], fired[name]) for name in order}
 
@@ -328,6 +350,8 @@ def with_rules(steered: SteeredModel, arm: Arm, rates: dict[str, float] | None =
     plan = steered.plan if arm.rules == ("all",) else steered.plan.select(arm.rules)
     if arm.trigger == "random":
         plan = plan.replace_triggers({name: {"random": (rates or {})[name]} for name in _alarmed(plan)})
+    elif arm.trigger == "rates":
+        plan = plan.replace_triggers({name: {"oracle": name} for name in arm.rules})
     elif arm.trigger == "oracle":
         # The judge may see the answer at any step, so the closing rule is not held to its probe's one decision.
         plan = plan.replace_triggers({name: {"oracle": name, "at_step": None} for name in _alarmed(plan)})

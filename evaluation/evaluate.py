@@ -18,6 +18,7 @@ from neureasoner.data_builders.grading.verifier import MathVerifier
 from neureasoner.errors import UserError
 from neureasoner.evaluation import results as results_of
 from neureasoner.evaluation.arms import (
+    FAMILY_CLOSING,
     FULL,
     NO_THINKING,
     VANILLA,
@@ -32,9 +33,11 @@ from neureasoner.evaluation.arms import (
     votes,
     with_rules,
 )
+from neureasoner.evaluation.closings import CLOSING, closing_rates, coins
 from neureasoner.evaluation.config import MERGE, EvaluateConfig, parse_shard, shard_of_launch
 from neureasoner.evaluation.markdown import markdown
 from neureasoner.evaluation.metrics import Outcome, per_problem
+from neureasoner.evaluation.oracle import ExactOracles
 from neureasoner.evaluation.problems import capped, containment, gradable_problems, is_program
 from neureasoner.evaluation.ready import check_ready, check_thinking
 from neureasoner.evaluation.runner import ArmRun, outcomes
@@ -95,6 +98,15 @@ class Evaluation:
             write_json(file, measured_rates(full, steered.plan, steered.tokenizer))
         return dict(read_json(file))
 
+    def closings(self) -> dict[str, Any]:
+        """At which rates full closed thinkings, measured on its traces and kept."""
+        file = Path(self.config.out) / "closings.json"
+        if not file.is_file():
+            steered = self.model("steered")
+            full = read_traces(Path(self.config.out) / "traces" / f"{FULL}.jsonl")
+            write_json(file, closing_rates(full, steered.plan, steered.tokenizer))
+        return dict(read_json(file))
+
     def thinking(self) -> float:
         """Mean thinking tokens of vanilla, which has run."""
         if self._thinking is None:
@@ -126,7 +138,14 @@ class Evaluation:
             model = self.model(arm.model)
             return as_baseline(model, arm, settings) if arm.baseline else with_rules(model, arm, rates)
 
-        return ArmRun(arm, load, self.config, self.problems, k)
+        oracles = None
+        if arm.trigger == "oracle":
+            oracles = lambda: ExactOracles().functions()  # noqa: E731
+        elif arm.trigger == "rates":
+            closings = self.extras["closings"] = self.closings()
+            closing = closings["by_family" if arm.name == FAMILY_CLOSING else "pooled"]
+            oracles = lambda: coins(closing, self.model("steered").plan.rule(CLOSING))  # noqa: E731
+        return ArmRun(arm, load, self.config, self.problems, k, oracles)
 
 
 def _card(model: str) -> dict[str, Any] | None:
@@ -235,32 +254,38 @@ def _run(evaluation: Evaluation, arms: list[Arm], skipped: dict[str, str]) -> di
     from neureasoner.progress import Progress
 
     shard, left = evaluation.config.shard, dict[str, str]()
-    done = 0
+    done, waiting = 0, list(arms)
     with Progress() as bar:
         for name, reason in skipped.items():
             bar.console.print(f"[yellow]arm {name} left out: {reason}[/yellow]")
-        for arm in arms:
-            waits = [need for need in arm.needs if need not in evaluation.outcomes]
-            if waits:  # only where the work is shared
-                left[arm.name] = f"needs all of {', '.join(waits)}, merged"
-                continue
-            run = evaluation.run_of(arm)
-            todo = run.store.missing()
-            if shard and shard != MERGE:
-                index, of = parse_shard(shard)
-                todo = [job for n, job in enumerate(run.jobs) if n % of == index and job in set(todo)]
-            elif todo:
-                found = f"{len(todo)} of {len(run.jobs)} parts are missing ({listed(todo)})"
-                if shard == MERGE:
-                    left[arm.name] = found
-                    continue
-                if len(todo) < len(run.jobs):
-                    bar.console.print(f"arm {arm.name}: {found}; they are generated now")
-            done += _generate(run, todo, bar)
-            if not shard or shard == MERGE:
-                run.merge()
-            if run.store.whole:
-                evaluation.outcomes[arm.name] = outcomes(run.store.traces(), evaluation.config.max_new_tokens)
+        while waiting:
+            ready = [a for a in waiting if all(need in evaluation.outcomes for need in a.needs)]
+            waiting = [a for a in waiting if a not in ready]
+            if not ready:  # only where the work is shared
+                lacks = {a.name: [need for need in a.needs if need not in evaluation.outcomes] for a in waiting}
+                left |= {name: f"needs all of {', '.join(needs)}, merged" for name, needs in lacks.items()}
+                break
+            runs = [evaluation.run_of(a) for a in ready]
+            todo = {run.arm.name: run.store.missing() for run in runs}
+            for run in list(runs):
+                name, missing = run.arm.name, todo[run.arm.name]
+                if shard and shard != MERGE:
+                    index, of = parse_shard(shard)
+                    todo[name] = [job for n, job in enumerate(run.jobs) if n % of == index and job in set(missing)]
+                elif missing:
+                    found = f"{len(missing)} of {len(run.jobs)} parts are missing ({listed(missing)})"
+                    if shard == MERGE:
+                        left[name] = found
+                        runs.remove(run)
+                    elif len(missing) < len(run.jobs):
+                        bar.console.print(f"arm {name}: {found}; they are generated now")
+            done += _generate(runs, todo, bar)
+            for run in runs:
+                if not shard or shard == MERGE:
+                    run.merge()
+                if run.store.whole:
+                    rows = outcomes(run.store.traces(), evaluation.config.max_new_tokens)
+                    evaluation.outcomes[run.arm.name] = rows
     told = "; ".join(f"{name}: {why}" for name, why in left.items())
     if shard == MERGE and left:
         raise UserError(f"{evaluation.config.out}: not all is there to merge. {told}")
@@ -269,16 +294,24 @@ def _run(evaluation: Evaluation, arms: list[Arm], skipped: dict[str, str]) -> di
     return {"shard": shard, "parts": done, "left": left}
 
 
-def _generate(run: ArmRun, todo: list[tuple[int, int]], bar: Progress) -> int:
-    """Generate parts of an arm; returns how many."""
-    task = bar.add_task(f"{run.arm.name:<16}", total=len(run.jobs) * run.k)
-    bar.update(task, completed=(len(run.jobs) - len(todo)) * run.k)
-    done: list[Outcome] = []
-    for sample, batch in todo:
-        done += outcomes(run.part(sample, batch), run.config.max_new_tokens)
-        right, tokens = (sum(getattr(o, k) for o in done) / len(done) for k in ("correct", "tokens"))
-        bar.update(task, advance=run.k, so_far=f"{right:.1%} right, {tokens:.0f} tokens")
-    return len(todo)
+def _generate(runs: list[ArmRun], todo: dict[str, list[tuple[int, int]]], bar: Progress) -> int:
+    """Generate parts of arms; returns how many. The same part of every arm in turn, so that a machine that is busy for
+    a while slows all of them."""
+    tasks, done = {}, dict[str, list[Outcome]]()
+    for run in runs:
+        name, n = run.arm.name, len(run.jobs)
+        done[name], tasks[name] = [], bar.add_task(f"{name:<16}", total=n * run.k)
+        bar.update(tasks[name], completed=(n - len(todo[name])) * run.k)
+    for sample, batch in sorted({job for run in runs for job in todo[run.arm.name]}):
+        for run in runs:
+            name = run.arm.name
+            if (sample, batch) in todo[name]:
+                done[name] += outcomes(run.part(sample, batch), run.config.max_new_tokens)
+                right, tokens = (
+                    sum(getattr(o, k) for o in done[name]) / len(done[name]) for k in ("correct", "tokens")
+                )
+                bar.update(tasks[name], advance=run.k, so_far=f"{right:.1%} right, {tokens:.0f} tokens")
+    return sum(len(todo[run.arm.name]) for run in runs)
 
 
 def _write(evaluation: Evaluation, skipped: dict[str, str]) -> None:

@@ -29,8 +29,9 @@ def arms_table(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _seconds(value: float | None, ends: Any) -> str:
-    if value is None:
+def _seconds(arm: Mapping[str, Any], key: str) -> str:
+    value, ends = arm.get(key), arm.get(f"{key}_ci")
+    if value is None or ends is None:
         return "–"
     low, high = (f"{x:.2f}" if x is not None else "∞" for x in ends)
     return f"{value:.2f} [{low}, {high}]"
@@ -38,9 +39,10 @@ def _seconds(value: float | None, ends: Any) -> str:
 
 def costs_table(results: Mapping[str, Any]) -> list[str]:
     """What answers cost: forced tokens (counted above), probe tokens (not counted), wall time by problem and solved."""
-    lines = header("arm", "forced tokens", "probe tokens", "seconds per problem", "seconds per solved problem")
+    heads = ("seconds per response", "seconds per solved problem", "times faster than vanilla per solved problem")
+    lines = header("arm", "forced tokens", "probe tokens", *heads)
     for a in results["arms"]:
-        times = (_seconds(a[k], a[k + "_ci"]) for k in ("seconds_per_problem", "seconds_per_solved"))
+        times = (_seconds(a, k) for k in ("seconds_per_problem", "seconds_per_solved", "speedup"))
         lines.append(row(a["name"], f"{a['forced_mean']:.1f}", f"{a['probe_tokens_mean']:.1f}", *times))
     return lines
 
@@ -135,6 +137,8 @@ def markdown(results: Mapping[str, Any]) -> str:
             parts += ["", f"{name}@k from one draw of {results['seeds']['samples']} samples, per cent:", "", *table]
     parts += ["", "Cost of an answer (forced tokens are among the tokens above, probe tokens are not):", ""]
     parts += costs_table(results)
+    if how := results["intervals"].get("seconds"):
+        parts += ["", f"Seconds: {how}."]
     if results["skipped"]:
         parts += ["", *(f"Not run: {name} ({why})." for name, why in results["skipped"].items())]
     parts += ["", "Accuracy by family, per cent:", "", *families_table(results)]

@@ -135,14 +135,36 @@ def costs(outcomes: Sequence[Outcome], resamples: int = RESAMPLES, seed: int = 0
     draws = resampled_means(np.stack([table.seconds, table.accuracy], axis=1), resamples, seed)
     solved = table.accuracy.mean()
     with np.errstate(divide="ignore"):
-        # "lower": between a number and infinity there is nothing to interpolate
-        ends = np.quantile(draws[:, 0] / draws[:, 1], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="lower")
+        ends = _ends(draws[:, 0] / draws[:, 1])
     return found | {
         "seconds_per_problem": float(table.seconds.mean()),
         "seconds_per_problem_ci": interval(draws[:, 0]),
         "seconds_per_solved": float(table.seconds.mean() / solved) if solved else None,
-        "seconds_per_solved_ci": [float(x) if isfinite(x) else None for x in ends] if solved else None,
+        "seconds_per_solved_ci": ends if solved else None,
     }
+
+
+def speedup(
+    arm: Sequence[Outcome], against: Sequence[Outcome], resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Any]:
+    """``seconds_per_solved`` of ``against`` over the arm's, paired by problem: above 1 the arm solves in less time.
+
+    None where no time was taken or one side solved nothing; an end of the interval is None where that happens there.
+    """
+    a, b = per_problem(arm), per_problem(against)
+    if not (a.seconds.any() and b.seconds.any() and a.accuracy.any() and b.accuracy.any()):
+        return {"speedup": None, "speedup_ci": None}
+    columns = np.stack([b.seconds, a.accuracy, a.seconds, b.accuracy], axis=1)
+    means = np.concatenate([columns.mean(axis=0)[None], resampled_means(columns, resamples, seed)])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.nan_to_num(means[:, 0] * means[:, 1] / (means[:, 2] * means[:, 3]), nan=np.inf, posinf=np.inf)
+    return {"speedup": float(ratios[0]), "speedup_ci": _ends(ratios[1:])}
+
+
+def _ends(draws: np.ndarray) -> list[float | None]:
+    """The interval of draws some of which are infinite: between a number and infinity nothing can be interpolated."""
+    ends = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="lower")
+    return [float(x) if isfinite(x) else None for x in ends]
 
 
 def split_by(outcomes: Sequence[Outcome], key: Callable[[Outcome], Any], **how: Any) -> dict[str, dict[str, Any]]:

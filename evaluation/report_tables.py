@@ -93,20 +93,21 @@ def costs_table(results: Mapping[str, Any]) -> str:
     """What an answer of every arm costs, as HTML."""
 
     def seconds(arm: Mapping[str, Any], key: str) -> str:
-        value = arm.get(key)
-        if value is None:
+        value, between = arm.get(key), arm.get(f"{key}_ci")
+        if value is None or between is None:
             return '<td class="n">–</td>'
-        low, high = (f"{x:.2f}" if x is not None else "∞" for x in arm[f"{key}_ci"])
+        low, high = (f"{x:.2f}" if x is not None else "∞" for x in between)
         return f'<td class="n">{value:.2f}<small>[{low}, {high}]</small></td>'
 
     rows = [
         f'<tr{_main(a)}><th scope="row">{escape(a["name"])}</th><td class="n">{a["forced_mean"]:.1f}</td>'
         f'<td class="n">{a["probe_tokens_mean"]:.1f}</td>{seconds(a, "seconds_per_problem")}'
-        f"{seconds(a, 'seconds_per_solved')}</tr>"
+        f"{seconds(a, 'seconds_per_solved')}{seconds(a, 'speedup')}</tr>"
         for a in results["arms"]
         if "forced_mean" in a
     ]
-    head = ["arm", "forced tokens", "probe tokens", "seconds per problem", "seconds per solved problem"]
+    head = ["arm", "forced tokens", "probe tokens", "seconds per response", "seconds per solved problem"]
+    head += ["times faster than vanilla per solved problem"]
     return _table(head, rows) if rows else ""
 
 

@@ -28,6 +28,7 @@ from neureasoner.evaluation.metrics import (
     costs,
     pass_at_k,
     resampled_means,
+    speedup,
     split_by,
     summarise,
 )
@@ -39,6 +40,11 @@ from neureasoner.traces import Problem
 
 SCHEMA = 1
 LEVELS = ("intra", "inter", "instance")
+SECONDS = (  # how they are taken
+    "wall clock of decoding, without loading and judging; a batch's is shared by its rows according to their tokens, "
+    "probe tokens included, and kept with each response, so an interrupted run counts every response once; arms take "
+    "turns batch by batch (after those that they take numbers from), so a machine that is busy for a while slows all"
+)
 VOTES = (4, 8, 16, 32, 64)  # k of Cons@k
 
 
@@ -100,6 +106,12 @@ def arm_result(
             for family in sorted({o.family for o in outcomes})
         },
     }
+
+
+def _speedup(rows: Sequence[Outcome], outcomes: Mapping[str, Sequence[Outcome]], config: EvaluateConfig) -> Any:
+    """``speedup`` against vanilla, where it ran here too."""
+    against = outcomes.get(VANILLA, ())
+    return speedup(rows, against, config.resamples, config.seed) if against else {"speedup": None, "speedup_ci": None}
 
 
 def comparisons(outcomes: Mapping[str, Sequence[Outcome]], config: EvaluateConfig) -> list[dict[str, Any]]:
@@ -195,7 +207,10 @@ def build(
     """The whole of ``results.json``. ``extras``: numbers that arms took from each other (rates, votes, budgets)."""
     return {
         "schema": SCHEMA,
-        "arms": [arm_result(name, rows, config, problems) for name, rows in outcomes.items()],
+        "arms": [
+            arm_result(name, rows, config, problems) | _speedup(rows, outcomes, config)
+            for name, rows in outcomes.items()
+        ],
         "comparisons": comparisons(outcomes, config),
         "skipped": dict(skipped),
         "probes": probes_of(config),
@@ -219,6 +234,7 @@ def build(
             "level": LEVEL,
             "method": "percentile bootstrap over problems",
             "resamples": config.resamples,
+            "seconds": SECONDS,
             "truncated": "a truncated response is wrong and costs max_new_tokens",
             "p": "two-sided sign-flip permutation by problem",
             "cons": f"ties to the first seen, missing answers abstain; over at most {SUBSETS} subsets of one draw",

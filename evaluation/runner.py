@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,13 +15,15 @@ from neureasoner.errors import UserError
 from neureasoner.evaluation.arms import Arm
 from neureasoner.evaluation.config import EvaluateConfig
 from neureasoner.evaluation.metrics import Outcome, majority
-from neureasoner.evaluation.oracle import ExactOracles
 from neureasoner.evaluation.problems import is_program
 from neureasoner.evaluation.store import Key, SampleStore, check_once, key_of
 from neureasoner.prompts import encode_prompt, encode_text
 from neureasoner.steps import Separators
 from neureasoner.thinking import closed_thinking
 from neureasoner.traces import InterLabel, IntraLabel, Labels, Problem, Trace
+
+if TYPE_CHECKING:
+    from neureasoner.inference.controller import Oracle
 
 ANSWER = "answer"  # the judge of a final answer alone: of the steps it says nothing, not that they are right
 
@@ -79,13 +81,22 @@ def _prefill(tokenizer: Any, problem: Problem) -> int:
 
 
 class ArmRun:
-    """All batches of one arm. ``model`` is a SteeredModel; ``k`` is the number of votes (1: no vote).
+    """All batches of one arm. ``model`` is a SteeredModel; ``k`` is the number of votes (1: no vote); ``oracles`` makes
+    those of a batch, which the plan's rules name.
 
     A part holds one sample of one batch of problems; a vote's ``k`` answers to a problem are in the same part.
     """
 
-    def __init__(self, arm: Arm, model: Callable[[], Any], config: EvaluateConfig, problems: list[Problem], k: int = 1):
-        self.arm, self._load, self.config, self.k = arm, model, config, k
+    def __init__(
+        self,
+        arm: Arm,
+        model: Callable[[], Any],
+        config: EvaluateConfig,
+        problems: list[Problem],
+        k: int = 1,
+        oracles: Callable[[], Mapping[str, Oracle]] | None = None,
+    ):
+        self.arm, self._load, self.config, self.k, self._oracles = arm, model, config, k, oracles
         self._model: Any = None
         size = config.batch_size
         # Neighbours of like length waste the least: a batch runs until its longest response ends.
@@ -123,7 +134,6 @@ class ArmRun:
 
     def _generate(self, sample: int, batch: int, vote: int) -> list[Trace]:
         config, problems = self.config, self.batches[batch]
-        oracles = ExactOracles().functions() if self.arm.trigger == "oracle" else None
         seed = self._seed(sample, batch, vote)
         tokenizer = self.model.tokenizer
         prefills = [_prefill(tokenizer, p) if self.arm.nothinking else 0 for p in problems]
@@ -135,22 +145,25 @@ class ArmRun:
             seed=seed,
             batch_size=len(problems),
             nothinking=self.arm.nothinking,
-            oracles=oracles,
+            oracles=self._oracles() if self._oracles else None,
         )
-        separators = Separators.of(tokenizer)
-        traces = []
-        for problem, g, prefill in zip(problems, generations, prefills, strict=True):
-            name = f"{problem.id}#{sample}" + (f".{vote}" if self.k > 1 else "")
-            trace = g.to_trace(name, problem, arm=self.arm.name, sample=sample, vote=vote, seed=seed, scores=g.scores)
-            offsets = separators.offsets(trace.response_ids)[1]
-            if prefill:
-                trace.meta["prefill"] = prefill
-            trace.meta["forced_chars"] = _spans(trace.meta.get("forced", []), offsets)
-            for event in trace.events:
-                event["char"] = offsets[event["token"]]
-            trace.labels = judged(trace)
-            traces.append(trace)
-        return traces
+        given = zip(problems, generations, prefills, strict=True)
+        return [self.trace(problem, g, prefill, sample, vote, seed) for problem, g, prefill in given]
+
+    def trace(self, problem: Problem, g: Any, prefill: int, sample: int, vote: int, seed: int) -> Trace:
+        """A response as the trace that is kept, judged."""
+        name = f"{problem.id}#{sample}" + (f".{vote}" if self.k > 1 else "")
+        trace: Trace = g.to_trace(
+            name, problem, arm=self.arm.name, sample=sample, vote=vote, seed=seed, scores=g.scores
+        )
+        offsets = Separators.of(self.model.tokenizer).offsets(trace.response_ids)[1]
+        if prefill:
+            trace.meta["prefill"] = prefill
+        trace.meta["forced_chars"] = _spans(trace.meta.get("forced", []), offsets)
+        for event in trace.events:
+            event["char"] = offsets[event["token"]]
+        trace.labels = judged(trace)
+        return trace
 
     def merge(self) -> None:
         """Put the parts into one file, then drop them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from neureasoner.evaluation.arms import ARMS, FULL, RANDOM, VANILLA
+from neureasoner.evaluation.arms import ARMS, FAMILY_CLOSING, FULL, RANDOM, RANDOM_CLOSING, VANILLA
 
 
 def arm_of(results: Mapping[str, Any], name: str) -> dict[str, Any] | None:
@@ -44,22 +44,24 @@ def figure(arm: Mapping[str, Any]) -> str:
 
 
 def headline(results: Mapping[str, Any]) -> str:
-    """One sentence: does full beat vanilla? Where they were not both run, the figures of vanilla (or the first arm)."""
+    """One sentence: more right answers for fewer tokens? Each half is judged by its own interval against vanilla.
+
+    Where full and vanilla were not both run, the figures of vanilla (or of the first arm).
+    """
     c = comparison(results, FULL, VANILLA)
     if c is None:
         return figure(arm_of(results, VANILLA) or results["arms"][0])
-    right = _judged(c["accuracy_delta"], c["accuracy_shown"], "more often right", "less often right", "")
-    long = _judged(c["tokens_relative"], c["tokens_shown"], "longer", "shorter", "")
+    right = _judged(c["accuracy_delta"], c["accuracy_shown"], "more right answers", "fewer right answers", "")
+    long = _judged(c["tokens_relative"], c["tokens_shown"], "more tokens", "fewer tokens", "")
+    figures = f"{points(c)}, {percent(c)}."
     if right and long:
-        how = "and" if (c["accuracy_delta"] > 0) == (c["tokens_relative"] < 0) else "but"
-        return f"Full is {right} than vanilla {how} its answers are {long}: {points(c)}, {percent(c)}."
+        how = "for" if (right, long) != ("fewer right answers", "more tokens") else "and"
+        return f"Full gives {right} {how} {long} than vanilla: {figures}"
     if right:
-        return f"Full is {right} than vanilla, at a length that cannot be told apart: {points(c)}, {percent(c)}."
+        return f"Full gives {right} than vanilla, but no difference in tokens is shown: {figures}"
     if long:
-        return (
-            f"Full's answers are {long} than vanilla's; no difference in accuracy is shown: {points(c)}, {percent(c)}."
-        )
-    return f"No difference between full and vanilla is shown on these problems: {points(c)}, {percent(c)}."
+        return f"Full takes {long} than vanilla, but no difference in right answers is shown: {figures}"
+    return f"No difference between full and vanilla is shown, neither in right answers nor in tokens: {figures}"
 
 
 def _gain(c: Mapping[str, Any]) -> str:
@@ -72,6 +74,8 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
     said = []
     names = {
         RANDOM: "Against a coin that intervenes as often, full",
+        FAMILY_CLOSING: "Against a coin that closes as many thinkings of each family at the same steps, full",
+        RANDOM_CLOSING: "Against a coin that closes as many thinkings at the same steps, whatever the family, full",
         "sft_only": "Against the trained model left alone, full",
         "full_paper": "Against the paper's spectral probes, full",
         "self_consistency": "Against a majority vote of equal cost, full",
@@ -101,6 +105,22 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
         ratio = coin["triggers_per_trace"] / full["triggers_per_trace"]
         if abs(ratio - 1) > 0.15:
             said.append(f"Note: the coin intervened {ratio:.2f} times as often as full, so that control is not even.")
+    share = results.get("closings", {}).get("share", {}).get("*")
+    for name in (FAMILY_CLOSING, RANDOM_CLOSING):
+        closing = arm_of(results, name)
+        if closing and share and abs(closing["triggers_per_trace"] / share - 1) > 0.15:
+            ratio = closing["triggers_per_trace"] / share
+            said.append(
+                f"Note: {name} closed {ratio:.2f} times as many thinkings as full, so that control is not even."
+            )
+    for name in (n for n in ARMS if n.startswith("oracle_") and n != "oracle_trigger"):
+        c = comparison(results, name, "sft_only")
+        if c:
+            said.append(f"Against the trained model left alone, {name} {_gain(c)}.")
+    times, between = (full.get("speedup"), full.get("speedup_ci")) if full else (None, None)
+    if times is not None and between is not None:
+        low, high = (f"{x:.2f}" if x is not None else "∞" for x in between)
+        said.append(f"Per solved problem, full is {times:.2f} times as fast as vanilla [{low}, {high}].")
     return said
 
 

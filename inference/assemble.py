@@ -18,6 +18,7 @@ from neureasoner.model_files import model_files
 from neureasoner.stages import MARK, STARTED, StageFolder
 
 CARD = "neureasoner.json"
+SPLIT = "split.json"  # which problems `probes fit` trained, chose and tested its probes on
 LEVELS = ("intra", "inter", "instance")
 PROBE_FILES = ("probe.json", "probe.safetensors")
 OTHER_FILES = {
@@ -33,27 +34,30 @@ def assemble(config: AssembleConfig) -> dict[str, Any]:
     The instance rule is read as its probe was fitted: once (``at_step``), or from a step on (``min_steps``).
     Everything is built beside ``out`` and renamed into place, so a killed run leaves no half checkpoint.
     """
-    out, source = Path(config.out), Path(config.probes)
-    plan_file = find_plan(config.plan)
+    out, plan_file = Path(config.out), find_plan(config.plan)
     plan = Plan.load(plan_file)
-    if not config.probes and plan.probe_paths:
+    source = Path(config.probes) if config.probes else plan.folder / "probes"
+    probed = bool(config.probes or plan.probe_paths)
+    if probed and not source.is_dir() and not config.probes:
         raise UserError(
-            f"plan {plan.name} names probe {plan.probe_paths[0]}; give the folder of `probes fit` as probes"
+            f"plan {plan.name} names probe {plan.probe_paths[0]}, and there is no {source}; give the folder of "
+            "`probes fit` as probes"
         )
-    levels = [f"{kind}{level}" for kind in ("", "paper/") for level in LEVELS] if config.probes else []
-    found = [level for level in levels if _is_probe(source / level)]
-    if not source.is_dir():
+    if probed and not source.is_dir():
         raise UserError(f"{config.probes}: no such folder; run `probes fit` first")
+    levels = [f"{kind}{level}" for kind in ("", "paper/") for level in LEVELS] if probed else []
+    found = [level for level in levels if _is_probe(source / level)]
     others = {name: _find(plan, name, "directions", config.directions) for name in plan.direction_paths}
     others |= {name: _find(plan, name, "gates", config.gates) for name in plan.gate_paths}
     if out.exists() and not (out / MARK).is_file() and {p.name for p in out.iterdir()} - {STARTED}:
         raise UserError(f"{out} holds other files; choose another --out or delete it")
     plan, dropped = _keep_rules(plan, found, source)
     files = [source / name / file for name in found for file in PROBE_FILES]
+    files += [source / SPLIT] if probed and (source / SPLIT).is_file() else []
     files += [file for listed in others.values() for file in listed]
     inputs: list[str | Path] = [
         plan_file,
-        *([config.probes] if config.probes else []),
+        *([source] if probed else []),
         *files,
         *model_files(config.model),
     ]
@@ -144,6 +148,8 @@ def _build(
         target.mkdir(parents=True)
         for file in PROBE_FILES:
             shutil.copyfile(source / name / file, target / file)
+    if found and (source / SPLIT).is_file():
+        shutil.copyfile(source / SPLIT, out / "probes" / SPLIT)
     for name in (*directions, *gates):
         (out / name).mkdir(parents=True)
         for path in others[name]:

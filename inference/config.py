@@ -16,7 +16,10 @@ class AssembleConfig:
     model: str = field(metadata={"help": "model folder, hub id, or 'tiny'; trained on the plan's trigger tokens"})
     probes: str = field(
         default="",
-        metadata={"help": "folder that `probes fit` wrote (intra/, inter/, instance/, paper/), if the plan names any"},
+        metadata={
+            "help": "folder that `probes fit` wrote (intra/, inter/, instance/, paper/), if the plan names any; "
+            "empty = beside the plan, as `choose` leaves them"
+        },
     )
     out: str = field(default="", metadata={"help": "folder of the steered checkpoint (required)"})
     plan: str = field(

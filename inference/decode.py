@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from neureasoner.errors import UserError
 from neureasoner.inference.controller import Controller
@@ -78,13 +79,15 @@ def generate_batch(
     problems: Sequence[Any] | None = None,
     on_text: OnText | None = None,
     strengths: Mapping[str, Sequence[float]] | None = None,
+    only: Sequence[bool] | None = None,
     **sampling: Any,
 ) -> list[Generation]:
     """Sample one response per prompt, in one batch; ``sampling`` as in ``Sampling``. No controller, no hooks.
 
     The result depends on ``seed`` and the batch. ``controller_seed`` (default ``seed``) drives random triggers, by
     ``indices`` of the rows. ``on_text(text, forced)`` streams one row. ``strengths``: a factor for each prompt, by the
-    names of the rules of strength ``per_row``.
+    names of the rules of strength ``per_row``. ``only``: the rows to write; the others end with their first token, and
+    those that are written draw what they draw beside them.
     """
     check_ids(prompt_ids, int(model.get_input_embeddings().num_embeddings))
     if on_text is not None and len(prompt_ids) != 1:
@@ -105,6 +108,9 @@ def generate_batch(
                         strengths=strengths,
                     )
                 )
+        if watch is not None and only is not None:
+            for state, wanted in zip(watch.rows, only, strict=True):
+                state.done = not wanted
         streamer = None if on_text is None else _Streamer(tokenizer, on_text, watch, ends)
         drawn = sample(
             model,
@@ -114,6 +120,7 @@ def generate_batch(
             pad=pad_id(tokenizer, ends),
             seed=seed,
             watch=watch,
+            stop=None if only is None else _leave(only),
             on_column=None if streamer is None else lambda column: streamer.put(column[0]),
             owner=owner,
         ).rows
@@ -129,6 +136,12 @@ def generate_batch(
     for g, own in zip(done, read, strict=True):
         g.seconds = seconds * own / sum(read)
     return done
+
+
+def _leave(only: Sequence[bool]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Ends the rows that are not to be written."""
+    rest = ~torch.tensor(list(only), dtype=torch.bool)
+    return lambda ids: rest.to(ids.device)
 
 
 def _seen(watch: Any, i: int, n: int) -> dict[str, Any]:

@@ -35,7 +35,8 @@ class Trigger:
     """When a rule fires. One source, a ``gate`` beside it or alone.
 
     probe       folder of a probe, relative to the plan file; fires at score > threshold
-    threshold   replaces the probe's own calibrated threshold (of a rule without probe: the gate's)
+    threshold   replaces the probe's own calibrated threshold (of a rule without probe: the gate's); infinite: the probe
+                is read and never acts
     random      probability of firing each time the rule is evaluated (the random_trigger control)
     oracle      name of a function given at generation, ``fn(RowState) -> bool``
     always      a forced text: whenever it is evaluated; a tensor action: at every position, the prompt's included

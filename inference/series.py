@@ -23,11 +23,15 @@ class SeriesBuffer:
         self._synced = 0
         self.length = 0
 
-    def append(self, value: torch.Tensor, rows: torch.Tensor | None = None) -> None:
-        """Add one token's values. value [B, C], or [L, C] with the ``rows`` they are of; the others get nothing."""
+    def append(self, value: torch.Tensor, rows: torch.Tensor | None = None, batch: int | None = None) -> None:
+        """Add one token's values. value [B, C], or [L, C] with the ``rows`` they are of; the others get nothing.
+
+        ``batch``: B, which a first value of [L, C] does not tell.
+        """
         value = value.detach()
         if self._data is None:
-            self._data = value.new_empty((value.shape[0], self._capacity, value.shape[1]))
+            size = value.shape[0] if batch is None else batch
+            self._data = value.new_empty((size, self._capacity, value.shape[1]))
         elif self.length == self._data.shape[1]:
             self._data = torch.cat([self._data, torch.empty_like(self._data)], 1)
             self._host = None if self._shared else self._host

@@ -12,6 +12,7 @@ Usage::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -86,13 +87,14 @@ def _loaded(
 
 
 def check_reachable(plan: Plan, probes: Mapping[str, Any]) -> None:
-    """Raises UserError for a threshold that no probability exceeds (a decision rule's statistic may)."""
+    """Raises UserError for a threshold that no probability exceeds (a decision rule's statistic may), but infinity: who
+    writes that wants the rule watched and nothing more."""
     for rule in plan.rules:
         t = rule.trigger
         if t.probe is None or probes[t.probe].rule is not None:
             continue
         threshold = probes[t.probe].threshold if t.threshold is None else t.threshold
-        if threshold >= 1:
+        if 1 <= threshold < math.inf:
             own = "its own" if t.threshold is None else "the"
             raise UserError(
                 f"plan {plan.name}, rule {rule.name} can never fire: the score of {t.probe} is a probability, never "

@@ -64,7 +64,7 @@ class Watch(LogitsProcessor):
         if self.length:
             drawn = input_ids[:, -1]
             for site, buffer in self._buffers.items():
-                buffer.append(self._latest[site], self._live)
+                buffer.append(self._latest[site], self._live, len(self.rows))
             if self._logits is not None:
                 self._logits.draw(drawn)
             for row, token in zip(self.rows, drawn.tolist(), strict=True):

@@ -173,6 +173,13 @@ COMMANDS: dict[str, Command] = {
         "inference.calibrate",
         "calibrate",
     ),
+    "choose": Command(
+        "choose a plan's rules and thresholds by their worth on validation problems: plan.yaml, frontier.png",
+        "evaluation.choose_config",
+        "ChooseConfig",
+        "evaluation.choose",
+        "choose",
+    ),
     "evaluate": Command(
         "compare arms on problems: results.json and report.html",
         "evaluation.config",

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,7 +99,8 @@ def test_arms_intervene_only_as_they_say(whole: Path) -> None:
     for name in ("vanilla", "sft_only", "no_thinking", "self_consistency"):
         assert not rules(name)
     for name in ("intra", "inter", "instance"):
-        assert rules(name) <= {name}
+        assert rules(name) <= {name} and rules(f"oracle_{name}") <= {name}
+    assert rules("family_closing") | rules("random_closing") <= {"instance"}
     assert rules("full"), "the fixture's probes should fire"
     for t in read_traces(whole / "traces" / "full.jsonl"):
         joined = "".join(t.response[a:b] for a, b in t.meta["forced_chars"])
@@ -126,6 +128,64 @@ def test_random_trigger_takes_its_rates_from_full(whole: Path, checkpoint: Path)
     assert found["random_rates"] == pytest.approx(rates)
     for t in read_traces(whole / "traces" / "random_trigger.jsonl"):
         assert all(e["threshold"] == pytest.approx(1 - rates[e["rule"]]) for e in t.events)
+
+
+def test_closing_rates_are_those_of_the_traces(whole: Path, checkpoint: Path) -> None:
+    """Counted by hand where the rule acts alone: wherever its probe was asked, it could have won."""
+    from neureasoner.evaluation.closings import closing_rates
+    from neureasoner.models import load_tokenizer
+
+    plan, tokenizer = Plan.load(checkpoint / "model"), load_tokenizer(str(checkpoint / "model"))
+    alone = read_traces(whole / "traces" / "instance.jsonl")
+    next(t for t in alone if t.events).events = []  # as if its score had been below the threshold
+    asked = {t.id: t.meta["scores"] for t in alone}
+    closed = {t.id: [e for e in t.events if not e["suppressed"]] for t in alone}
+    assert any(closed.values()) and sum(map(len, closed.values())) < sum(map(len, asked.values()))
+    found = closing_rates(alone, plan.select(["instance"]), tokenizer)
+    for family in ("arithmetic", "countdown", "words", "*"):
+        rows = [t.id for t in alone if family in (t.problem.family, "*")]
+        n, k = (sum(len(of[i]) for i in rows) for of in (asked, closed))
+        assert found["share"][family] == pytest.approx(k / len(rows))
+        rates = found["pooled"]["*"] if family == "*" else found["by_family"][family]
+        assert rates == ({"3": pytest.approx(k / n)} if k else {}), "it is read after three steps only"
+
+
+def test_closing_coins_take_their_rates_from_full(whole: Path, checkpoint: Path) -> None:
+    from neureasoner.evaluation.closings import closing_rates
+    from neureasoner.models import load_tokenizer
+
+    plan, tokenizer = Plan.load(checkpoint / "model"), load_tokenizer(str(checkpoint / "model"))
+    full = closing_rates(read_traces(whole / "traces" / "full.jsonl"), plan, tokenizer)
+    assert read_json(whole / "results.json")["closings"] == full
+    for name, rates in (("family_closing", full["by_family"]), ("random_closing", full["pooled"])):
+        for t in read_traces(whole / "traces" / f"{name}.jsonl"):
+            known = rates.get(t.problem.family, rates.get("*", {}))
+            assert all(known[str(e["step"] + 1)] > 0 for e in t.events)
+            assert bool(t.meta["scores"]) or not t.events
+
+
+def test_closing_coins_fall_by_family_and_step(tiny_tokenizer: Any) -> None:
+    from neureasoner.evaluation.closings import coins
+    from neureasoner.inference.rows import RowState
+    from neureasoner.inference.rules import Action, Rule, Trigger
+    from neureasoner.traces import Problem
+
+    rule = Rule("instance", Trigger(oracle="instance"), Action("</think>"))
+    own = {"words": {"2": 0.25, "3": 1.0}, "countdown": {}}
+
+    def share(rates: Any, family: str, steps: int, tokens: int = 40) -> float:
+        hits = 0
+        for index in range(400):
+            row = RowState(index, SimpleNamespace(bounds=range(steps + 1)), problem=Problem("p", family, 1, "?", "1"))
+            row.tokens = [0] * tokens
+            hits += coins(rates, rule)["instance"](row)
+        return hits / 400
+
+    assert share(own, "words", 3) == 1 and share(own, "words", 1) == share(own, "countdown", 3) == 0
+    assert share(own, "words", 3, tokens=2) == 0, "no probe speaks so early"
+    assert share(own, "words", 2) == pytest.approx(0.25, abs=0.08)
+    pooled = {"*": {"2": 0.5}}
+    assert share(pooled, "words", 2) == share(pooled, "countdown", 2) == pytest.approx(0.5, abs=0.08)
 
 
 def test_self_consistency_costs_about_as_much_as_full(whole: Path) -> None:
@@ -229,7 +289,8 @@ def test_an_arm_needs_what_it_uses(
 
 def test_choose_leaves_out_what_the_checkpoint_lacks() -> None:
     arms, skipped = choose([], ["intra"], has_paper=False)
-    assert {"instance", "inter", "full_paper", "no_thinking_share"} == set(skipped) and "full" in {a.name for a in arms}
+    closing = {"instance", "oracle_instance", "family_closing", "random_closing", "no_thinking_share"}
+    assert {*closing, "inter", "oracle_inter", "full_paper"} == set(skipped) and "full" in {a.name for a in arms}
     with pytest.raises(UserError, match="no rule inter"):
         choose(["inter"], ["intra"], has_paper=True)
     arms, skipped = choose([], [], has_paper=True)

@@ -22,6 +22,7 @@ from neureasoner.evaluation.metrics import (
     per_problem,
     resampled_means,
     sign_flip_p,
+    speedup,
     split_by,
     subsets_of,
     summarise,
@@ -233,3 +234,17 @@ def test_cost_by_hand() -> None:
     wrong = costs([Outcome("a", "f", 1, 0, False, 10, seconds=2)], 50)
     assert wrong["seconds_per_solved"] is None and wrong["seconds_per_problem"] == 2
     assert costs([Outcome("a", "f", 1, 0, True, 10)])["seconds_per_problem"] is None, "nobody took the time"
+
+
+def test_speedup_is_the_ratio_of_seconds_per_solved_problem() -> None:
+    def rows(right: list[bool], seconds: float) -> list[Outcome]:
+        return [Outcome(f"p{i}", "f", 1, 0, r, 1, seconds=seconds) for i, r in enumerate(right)]
+
+    fast, slow = rows([True, True, True, False] * 10, 2.0), rows([True, False, True, False] * 10, 3.0)
+    found = speedup(fast, slow, 500)
+    assert found["speedup"] == pytest.approx((3.0 / 0.5) / (2.0 / 0.75))
+    low, high = found["speedup_ci"]
+    assert 1.5 < low < found["speedup"] < high
+    assert speedup(slow, fast, 500)["speedup"] == pytest.approx(1 / found["speedup"])
+    for other in (rows([False] * 40, 3.0), rows([True] * 40, 0.0)):
+        assert speedup(fast, other, 100) == {"speedup": None, "speedup_ci": None}

@@ -322,11 +322,12 @@ def test_embed_is_inert() -> None:
 @pytest.mark.parametrize(
     ("accuracy", "tokens", "words"),
     [
-        ((0.1, 0.05, 0.15), (-0.3, -0.4, -0.2), "more often right than vanilla and its answers are shorter"),
-        ((-0.1, -0.15, -0.05), (-0.3, -0.4, -0.2), "less often right than vanilla but its answers are shorter"),
-        ((0.1, 0.05, 0.15), (0.3, 0.2, 0.4), "more often right than vanilla but its answers are longer"),
-        ((0.1, 0.05, 0.15), (0.0, -0.1, 0.1), "a length that cannot be told apart"),
-        ((0.1, -0.05, 0.25), (-0.3, -0.4, -0.2), "no difference in accuracy is shown"),
+        ((0.1, 0.05, 0.15), (-0.3, -0.4, -0.2), "more right answers for fewer tokens"),
+        ((-0.1, -0.15, -0.05), (-0.3, -0.4, -0.2), "fewer right answers for fewer tokens"),
+        ((0.1, 0.05, 0.15), (0.3, 0.2, 0.4), "more right answers for more tokens"),
+        ((-0.1, -0.15, -0.05), (0.3, 0.2, 0.4), "fewer right answers and more tokens"),
+        ((0.1, 0.05, 0.15), (0.0, -0.1, 0.1), "more right answers than vanilla, but no difference in tokens"),
+        ((0.1, -0.05, 0.25), (-0.3, -0.4, -0.2), "fewer tokens than vanilla, but no difference in right answers"),
         ((0.1, -0.05, 0.25), (0.0, -0.1, 0.1), "No difference between full and vanilla"),
     ],
 )

@@ -116,7 +116,8 @@ def test_shards_make_what_one_process_makes(
 
     monkeypatch.setattr(ArmRun, "_generate", counted)
     first = evaluate(settings(**arms, out=str(out), shard="0/2"))
-    assert made == [("vanilla", 0, 0), ("vanilla", 0, 2), ("full", 0, 0), ("full", 0, 2)] and first["parts"] == 4
+    assert made == [(arm, 0, b) for b in (0, 2) for arm in ("vanilla", "full")], "arms take turns"
+    assert first["parts"] == 4
     assert first["left"] == {"random_trigger": "needs all of full, merged"}
     assert not (out / "stage.json").exists() and not (out / "traces").exists()
     with pytest.raises(UserError, match=r"vanilla: 1 of 3 parts are missing \(sample 0: batches 1\); full: 1 of 3"):
@@ -134,6 +135,22 @@ def test_shards_make_what_one_process_makes(
         straight, shared = (read_traces(tmp_path / d / "traces" / f"{name}.jsonl") for d in ("one", "shards"))
         assert [(key_of(t), t.response_ids) for t in straight] == [(key_of(t), t.response_ids) for t in shared]
     assert evaluate(settings(**arms, out=str(out), shard="1/2")) == read_json(out / "stage.json")["summary"]
+
+
+def test_seconds_of_an_interrupted_run_are_those_of_its_responses(
+    settings: Callable[..., EvaluateConfig], tmp_path: Path
+) -> None:
+    arms = {"arms": ["vanilla", "intra"], "batch_size": 2, "max_new_tokens": 12, "show_examples": 0}
+    evaluate(settings(**arms, shard="0/2"))  # and killed
+    out = tmp_path / "out"
+    before = {key_of(t): t.meta["seconds"] for f in (out / "parts").glob("*/*.jsonl") for t in read_traces(f)}
+    evaluate(settings(**arms))
+    for arm in read_json(out / "results.json")["arms"]:
+        after = {key_of(t): t.meta["seconds"] for t in read_traces(out / "traces" / f"{arm['name']}.jsonl")}
+        assert 0 < len(before.keys() & after.keys()) < len(after) == 6
+        assert {k: after[k] for k in before.keys() & after.keys()}.items() <= before.items()
+        assert arm["seconds"] == pytest.approx(sum(after.values()), abs=0.01)
+        assert arm["seconds_per_problem"] == pytest.approx(sum(after.values()) / 6)
 
 
 def test_where_and_how_it_is_shown_is_no_other_work(settings: Callable[..., EvaluateConfig], tmp_path: Path) -> None:

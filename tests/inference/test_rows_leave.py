@@ -133,3 +133,21 @@ def test_strengths_given_by_row_stay_with_their_rows(model, tokenizer, many, oft
     never()
     want = run(model, tokenizer, many, plan, strengths=strengths)
     assert [g.response_ids for g in got] == [g.response_ids for g in want]
+
+
+@pytest.mark.parametrize("name", [None, "forced", "boundary", "together"])
+def test_rows_not_asked_for_change_nothing_in_the_others(model, tokenizer, many, widths, often, name):
+    plan = None if name is None else Plan("test", tuple(RULES[name]))
+    record = ["residual:1", "neuron:0[3,5]"] if plan else []
+    whole = run(model, tokenizer, many, plan, record=record)
+    widths.clear()
+    only = [i % 3 == 1 for i in range(16)]
+    some = run(model, tokenizer, many, plan, record=record, only=only)
+    assert widths[0] == 16 and max(widths[1:]) == sum(only) == 5
+    for a, b, wanted in zip(some, whole, only, strict=True):
+        if wanted:
+            assert (a.response_ids, a.events, a.scores) == (b.response_ids, b.events, b.scores)
+            for site in record:  # the others left before anything was kept
+                np.testing.assert_allclose(a.series[site], b.series[site], atol=2e-5)
+        else:
+            assert len(a.response_ids) == 1 and not a.events

@@ -316,7 +316,7 @@ def test_what_a_plan_names_and_does_not_get_is_named(steering, make_model, token
         assemble(AssembleConfig(**config | {"plan": str(other)}))
     with pytest.raises(UserError, match=r"names gate gates/none: .*holds no gate.json"):
         SteeredModel.from_pretrained(steering / "model", other, device="cpu")
-    with pytest.raises(UserError, match="names probe probes/instance; give the folder of `probes fit`"):
+    with pytest.raises(UserError, match=r"names probe probes/instance, .* give the folder of `probes fit`"):
         assemble(AssembleConfig(**config | {"plan": str(SHIPPED)}))
     with pytest.raises(UserError, match="key 'out' is empty"):
         AssembleConfig("m")
@@ -351,6 +351,18 @@ def test_a_probes_own_threshold_of_one_is_refused(checkpoint):
     probe.threshold = 1.0
     with pytest.raises(UserError, match=f"rule {name} can never fire: .* never above its own threshold 1.0"):
         steered.with_plan(steered.plan)
+
+
+def test_an_infinite_threshold_watches_and_never_acts(checkpoint):
+    steered = SteeredModel.from_pretrained(checkpoint, device="cpu")
+    changes = {r.name: {"threshold": float("inf")} for r in steered.plan.rules if r.trigger.probe is not None}
+    watched = steered.with_plan(steered.plan.select(changes).replace_triggers(changes))
+    how = {"max_new_tokens": 60, "temperature": 1.0, "seed": 2}
+    questions = ["12 + 30?", "Try 3 * 8 - 5 and tell me."]
+    seen = watched.generate(questions, **how)
+    plain = steered.with_plan(Plan("none")).generate(questions, **how)
+    assert [g.response_ids for g in seen] == [g.response_ids for g in plain]
+    assert any(g.scores for g in seen) and not any(g.events for g in seen)
 
 
 def test_the_tokenizer_of_another_model_is_refused(checkpoint, tmp_path):
