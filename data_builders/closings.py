@@ -1,7 +1,8 @@
 """``data closings``: what closing the thinking costs at a separator, forecast by sampling both continuations.
 
-From a separator on, the model itself writes ``samples`` answers behind the closing text and ``samples`` continuations
-of the trace left alone; both are graded. So whether closing costs nothing is measured where the decision falls, instead
+From a separator on, the model itself writes ``samples`` answers behind the closing text and ``left`` continuations of
+the trace left alone; both are graded. (With ``left`` 0 the trace itself is the continuation left alone: one sample,
+which costs nothing, so there can be more traces.) So whether closing costs nothing is measured where the decision falls, instead
 of told from whether the question is easy: a question may be easy because the model thinks about it.
 """
 
@@ -47,7 +48,7 @@ def closings(config: ClosingsConfig) -> dict[str, Any]:
     print(forecast(places, config, len(closing)), flush=True)
     # Neighbours of like length waste the least padding, and end at about the same time.
     order = sorted(places, key=lambda place: (len(place[0].prompt_ids) + _end(place), place[0].id, place[1]))
-    size = max(1, config.batch_size // config.samples)
+    size = max(1, config.batch_size // max(config.samples, config.left))
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     parts = [folder.path / "parts" / f"{i:06d}.jsonl" for i in range(len(batches))]
     model, rows = None, list[Closing]()
@@ -65,7 +66,7 @@ def closings(config: ClosingsConfig) -> dict[str, Any]:
     found = {(row.trace, row.step): row for row in rows}
     rows = [found[trace.id, step] for trace, step in places]
     write_rows(folder.path / "closings.jsonl", rows)
-    summary = describe(rows, traces) | {"first": config.first, "samples": config.samples}
+    summary = describe(rows, traces) | {"first": config.first, "samples": config.samples, "left": config.left}
     write_json(folder.path / "summary.json", summary)
     done = folder.finish(summary)
     for part in parts:  # only now: a kill before this line costs nothing
@@ -120,11 +121,12 @@ def forecast(places: Sequence[Place], config: ClosingsConfig, closing: int) -> s
     """What will be sampled, told before: a trace goes on about as it did, an answer is about as long as the traces'."""
     answers = [len(t.response_ids) - t.thinking_end for t, _ in places if t.finished] or [config.max_new_tokens]
     rest = sum(len(place[0].response_ids) - _end(place) for place in places)
-    tokens = config.samples * (rest + round(len(places) * sum(answers) / len(answers)))
+    tokens = config.left * rest + config.samples * round(len(places) * sum(answers) / len(answers))
     read = sum(len(place[0].prompt_ids) + _end(place) for place in places) / len(places)
     return (
         f"{len(places):,} separators of {len({t.id for t, _ in places}):,} traces, {config.samples} continuations "
-        f"closed and {config.samples} left alone at each: {2 * config.samples * len(places):,} responses behind "
+        f"closed and {config.left or 'none'} left alone at each: {(config.samples + config.left) * len(places):,} "
+        f"responses behind "
         f"prefixes of {read:,.0f} tokens (and {closing} of the closing text), about {tokens:,} tokens to sample"
     )
 
@@ -133,8 +135,11 @@ def _forecast_part(
     model: Any, tokenizer: Any, batch: Sequence[Place], config: ClosingsConfig, closing: list[int], seed: int
 ) -> list[Closing]:
     """Both continuations of the separators of one part."""
-    closed = _continue(model, tokenizer, batch, config, closing, seed)
-    left = _continue(model, tokenizer, batch, config, [], seed + 1)
+    closed = _continue(model, tokenizer, batch, config, closing, seed, config.samples)
+    if config.left:
+        left = _continue(model, tokenizer, batch, config, [], seed + 1, config.left)
+    else:
+        left = [(int(labels_of(t).correct), float(len(t.response_ids) - _end((t, step)))) for t, step in batch]
     rows = []
     for (trace, step), (right_closed, tokens_closed), (right_left, tokens_left) in zip(
         batch, closed, left, strict=True
@@ -150,6 +155,7 @@ def _forecast_part(
                 step=step,
                 token=end,
                 n=config.samples,
+                n_left=config.left or 1,
                 right_closed=right_closed,
                 right_left=right_left,
                 tokens_closed=tokens_closed,
@@ -161,9 +167,9 @@ def _forecast_part(
 
 
 def _continue(
-    model: Any, tokenizer: Any, batch: Sequence[Place], config: ClosingsConfig, forced: list[int], seed: int
+    model: Any, tokenizer: Any, batch: Sequence[Place], config: ClosingsConfig, forced: list[int], seed: int, n: int
 ) -> list[tuple[int, float]]:
-    """``samples`` continuations of each prefix behind ``forced``: (how many are right, mean number of further tokens).
+    """``n`` continuations of each prefix behind ``forced``: (how many are right, mean number of further tokens).
 
     A response that reaches the cap is not right, as everywhere.
     """
@@ -171,7 +177,7 @@ def _continue(
 
     ends = eos_ids(model, tokenizer)
     heads = [[*place[0].response_ids[: _end(place)], *forced] for place in batch]
-    prompts = [[*t.prompt_ids, *head] for (t, _), head in zip(batch, heads, strict=True) for _ in range(config.samples)]
+    prompts = [[*t.prompt_ids, *head] for (t, _), head in zip(batch, heads, strict=True) for _ in range(n)]
     # rows of a part may be of different length, the sampler's cap is one: what is beyond a row's own cap is cut off
     settings = Sampling(config.max_new_tokens - min(map(len, heads)), config.temperature, config.top_p)
     drawn = sample_all(
@@ -186,13 +192,13 @@ def _continue(
     out = []
     for at, ((trace, _), head) in enumerate(zip(batch, heads, strict=True)):
         right = tokens = 0
-        for row in drawn[at * config.samples : (at + 1) * config.samples]:
+        for row in drawn[at * n : (at + 1) * n]:
             ids = row.ids[: config.max_new_tokens - len(head)]
             tokens += len(forced) + len(ids)
             if ids[-1] in ends:
                 text = tokenizer.decode([*head, *ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
                 right += grade(trace.problem, answer_of(trace.problem, text))
-        out.append((right, tokens / config.samples))
+        out.append((right, tokens / n))
     return out
 
 
@@ -209,7 +215,7 @@ def describe(rows: Sequence[Closing], traces: Sequence[Trace]) -> dict[str, Any]
         "separators": len(rows),
         "traces": len({row.trace for row in rows}),
         "problems": len({row.problem for row in rows}),
-        "tokens": round(sum(row.n * (row.tokens_closed + row.tokens_left) for row in rows)),
+        "tokens": round(sum(row.n * row.tokens_closed + row.n_left * row.tokens_left for row in rows)),
         "all": _figures(rows),
         "by_question": split(lambda row: "hopeless" if row.problem in hopeless else "solved"),
         "by_family": split(lambda row: row.family),
@@ -227,7 +233,9 @@ def _figures(rows: Sequence[Closing]) -> dict[str, Any]:
     return {
         "n": len(rows),
         "free": round(sum(row.label for row in rows) / len(rows), 4),
-        "points": round(100 * sum((row.right_closed - row.right_left) / row.n for row in rows) / len(rows), 2),
+        "points": round(
+            100 * sum(row.right_closed / row.n - row.right_left / row.n_left for row in rows) / len(rows), 2
+        ),
         "saved": round(100 * sum(saved) / whole, 2),
         "saved_free": round(100 * sum(s for s, row in zip(saved, rows, strict=True) if row.label) / whole, 2),
     }

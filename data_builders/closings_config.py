@@ -15,7 +15,10 @@ class ClosingsConfig:
     model: str = field(metadata={"help": "model folder, hub id, or 'tiny': the one that wrote the traces"})
     traces: str = field(metadata={"help": "judged traces.jsonl"})
     out: str = field(metadata={"help": "folder to write closings.jsonl and summary.json into"})
-    samples: int = field(default=6, metadata={"help": "continuations of each kind, closed and left alone, a separator"})
+    samples: int = field(default=6, metadata={"help": "continuations closed at each separator"})
+    left: int = field(
+        default=6, metadata={"help": "continuations left alone at each; 0: the trace itself is the one, at no cost"}
+    )
     first: int = field(default=2, metadata={"help": "step K: the first separator considered closes it"})
     every: int = field(default=1, metadata={"help": "from K on, consider the separator of every so many steps"})
     most: int = field(
@@ -35,13 +38,15 @@ class ClosingsConfig:
         for key in ("samples", "first", "every", "max_new_tokens", "batch_size"):
             if getattr(self, key) < 1:
                 raise UserError(f"key '{key}' must be at least 1, got {getattr(self, key)}")
-        for key in ("most", "limit"):
+        for key in ("left", "most", "limit"):
             if getattr(self, key) < 0:
                 raise UserError(f"key '{key}' must not be negative, got {getattr(self, key)}")
         if self.temperature < 0:
             raise UserError(f"key 'temperature' must not be negative, got {self.temperature}")
-        if self.temperature == 0 and self.samples > 1:
-            raise UserError("key 'temperature' is 0 and draws the same continuation each time; set samples: 1")
+        if self.temperature == 0 and max(self.samples, self.left) > 1:
+            raise UserError(
+                "key 'temperature' is 0 and draws the same continuation each time; set samples: 1 and left: 1 or 0"
+            )
         if not 0 < self.top_p <= 1:
             raise UserError(f"key 'top_p' must lie in (0, 1], got {self.top_p}")
         if THINK_CLOSE not in self.text:

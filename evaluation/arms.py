@@ -279,7 +279,7 @@ def measured_rates(traces: Iterable[Trace], plan: Plan, tokenizer: Any) -> dict[
 
 def _alarmed(plan: Plan) -> list[str]:
     """Rules that force a text when an alarm says so: those whose trigger a coin or a judge can replace."""
-    return [r.name for r in plan.rules if r.forces and r.evaluated]
+    return [name for name in plan.priority if plan.rule(name).forces and plan.rule(name).evaluated]
 
 
 def options_of(problems: Sequence[Problem]) -> str:

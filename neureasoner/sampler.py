@@ -104,6 +104,22 @@ class Run:
         whole[self.live] = logits
         return whole
 
+    def read_prompts(self) -> torch.Tensor:
+        """The first ``read``, with equal prompts read once and their keys and values copied."""
+        first: dict[tuple[int, ...], int] = {}
+        padded = [tuple(row) for row in torch.cat([self.ids, self.mask], 1).tolist()]
+        at = [first.setdefault(row, len(first)) for row in padded]
+        if len(first) == self.rows:
+            return self.read()
+        rows = torch.tensor([at.index(i) for i in range(len(first))], device=self.device)
+        columns = torch.arange(self.length, device=self.device)
+        positions = (columns - self.pads[rows, None]).clamp(min=0)
+        ids = self.ids[rows, : self.length]
+        logits = next_logits(self.model, ids, self.mask[rows, : self.length], positions, self.cache).to(self.device)
+        copies = torch.tensor(at, device=self.device)
+        select(self.cache, copies)
+        return logits[copies]
+
     def peek(self, scores: torch.Tensor) -> torch.Tensor:
         """The tokens ``[B]`` that would be drawn from these scores ``[B, V]`` now; nothing is drawn.
 
@@ -200,8 +216,9 @@ def sample(
             if watch is not None:
                 watch.begin(run)
             while True:
-                with mine():
-                    scores = run.read()
+                with mine():  # a watch reads every row's prompt
+                    begins = run.length == run.width and watch is None and cache is None
+                    scores = run.read_prompts() if begins else run.read()
                 _check_numbers(scores, run.done)
                 for processor in chain:
                     scores = processor(run.ids[:, : run.length], scores)

@@ -32,7 +32,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Closing:
-    """What closing the thinking at a separator costs, from ``n`` continuations closed there and ``n`` left alone.
+    """What closing the thinking at a separator costs: ``n`` continuations closed there, ``n_left`` left alone.
 
     first    K of the stage: no separator before the one that closes the K-th step was looked at
     step     index of the step that the separator closes; ``token``: response tokens up to it
@@ -48,6 +48,7 @@ class Closing:
     step: int
     token: int
     n: int
+    n_left: int
     right_closed: int
     right_left: int
     tokens_closed: float
@@ -57,7 +58,7 @@ class Closing:
     @property
     def label(self) -> int:
         """1 where closing costs no right answer, else 0."""
-        return int(self.right_closed >= self.right_left)
+        return int(self.right_closed * self.n_left >= self.right_left * self.n)
 
 
 def closing_from_dict(row: dict[str, Any]) -> Closing:

@@ -53,7 +53,10 @@ class Outcomes:
             right=np.array([row.right_closed / row.n for row in rows]),
             tokens=np.array([row.token + row.tokens_closed for row in rows]),
             left_right=np.array(
-                [e.right_left / e.n if e else float(labels_of(t).correct) for e, t in zip(ends, traces, strict=True)]
+                [
+                    e.right_left / e.n_left if e else float(labels_of(t).correct)
+                    for e, t in zip(ends, traces, strict=True)
+                ]
             ),
             left_tokens=np.array(
                 [e.token + e.tokens_left if e else len(t.response_ids) for e, t in zip(ends, traces, strict=True)]

@@ -47,14 +47,22 @@ def work(tmp_path_factory, make_model, tiny_tokenizer):
 
 def config(root, out="out", **more):
     base = {"model": str(root / "model"), "traces": str(root / "traces.jsonl"), "out": str(root / out)}
-    small = {"samples": 3, "first": 2, "text": TEXT, "max_new_tokens": CAP, "batch_size": 6, "temperature": 1.0}
+    small = {
+        "samples": 3,
+        "left": 3,
+        "first": 2,
+        "text": TEXT,
+        "max_new_tokens": CAP,
+        "batch_size": 6,
+        "temperature": 1.0,
+    }
     return ClosingsConfig(**(base | small | more))
 
 
 def test_greedy_forecasts_are_what_stock_generation_goes_on_with(work, make_model, tiny_tokenizer, stock_config):
     from transformers import AutoModelForCausalLM
 
-    done = closings(config(work, "greedy", samples=1, temperature=0, most=0))
+    done = closings(config(work, "greedy", samples=1, left=1, temperature=0, most=0))
     rows = read_closings(work / "greedy" / "closings.jsonl")
     traces = {t.id: t for t in stage.stream_traces(work / "traces.jsonl")}
     model = AutoModelForCausalLM.from_pretrained(work / "model").eval()
@@ -128,7 +136,7 @@ def test_places_are_spread_seeded_and_leave_room_for_the_text(tiny_tokenizer):
 
 def row(problem, closed, left, tokens=(10.0, 50.0), **more):
     base = {"trace": f"{problem}#0", "problem": problem, "family": "f", "difficulty": 1, "first": 2, "step": 1}
-    known = {"token": 50, "n": 4, "tokens_closed": tokens[0], "tokens_left": tokens[1], "answered": False}
+    known = {"token": 50, "n": 4, "n_left": 4, "tokens_closed": tokens[0], "tokens_left": tokens[1], "answered": False}
     return Closing(**(base | known | {"right_closed": closed, "right_left": left} | more))
 
 
@@ -141,6 +149,22 @@ def test_the_summary_tells_solved_from_hopeless(tiny_tokenizer):
     assert found["by_question"]["solved"] == {"n": 2, "free": 0.5, "points": -25.0, "saved": 35.0, "saved_free": 15.0}
     assert found["all"]["n"] == 3 and found["by_family"]["g"]["free"] == 0 and found["tokens"] == 4 * 190
     assert found["by_answer"]["the answer stands"]["points"] == -50.0
+
+
+def test_with_none_left_alone_the_trace_itself_is_what_is_compared(work):
+    closings(config(work, "both"))
+    closings(config(work, "cheap", left=0))
+    both, cheap = (read_closings(work / name / "closings.jsonl") for name in ("both", "cheap"))
+    traces = {t.id: t for t in stage.stream_traces(work / "traces.jsonl")}
+    assert [(r.trace, r.step) for r in cheap] == [(r.trace, r.step) for r in both]
+    for a, b in zip(cheap, both, strict=True):
+        trace = traces[a.trace]
+        assert (a.right_closed, a.tokens_closed) == (b.right_closed, b.tokens_closed)
+        assert (a.n, a.n_left, a.right_left) == (3, 1, int(trace.labels.correct))
+        assert a.token + a.tokens_left == len(trace.response_ids)
+    # two of three closed against a trace that was right, or wrong: shares are compared, not counts
+    assert row("p", 2, 1, n=3, n_left=1).label == 0 and row("p", 3, 1, n=3, n_left=1).label == 1
+    assert row("p", 0, 0, n=3, n_left=1).label == 1 and row("p", 1, 2, n=3, n_left=6).label == 1
 
 
 @pytest.mark.parametrize(

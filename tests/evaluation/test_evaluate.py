@@ -116,7 +116,7 @@ def test_random_trigger_takes_its_rates_from_full(whole: Path, checkpoint: Path)
         counted = replay(t, plan, tokenizer)
         evaluated = {(s["rule"], s["token"]) for s in t.meta["scores"]}
         won = {e["token"]: e["rule"] for e in t.events if not e["suppressed"]}
-        order = plan.names
+        order = plan.priority
         live = [(r, k) for r, k in evaluated if k not in won or order.index(r) <= order.index(won[k])]
         for name in plan.names:
             assert counted[name][1] == sum(not e["suppressed"] and e["rule"] == name for e in t.events)

@@ -155,3 +155,20 @@ def test_room_is_made_as_it_is_needed(make_model: Callable[..., Any], monkeypatc
         for row, longer in zip(wanted, sample(model, PROMPTS * 2, Sampling(400, 1.0, 1.0), **how).rows, strict=True)
     ]
     assert all(row.finished for row in sample(model, PROMPTS * 2, Sampling(400, 1.0, 1.0), **how).rows)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+def test_equal_prompts_are_read_once(make_model: Callable[..., Any], arch: str) -> None:
+    model, read = make_model(arch), []
+    prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[0], PROMPTS[2], PROMPTS[0], [9, 5, 2, 7]]
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    done = sample(model, prompts, Sampling(12, 1.0, 1.0), seed=3, logprobs=True, **HOW).rows
+    handle.remove()
+    assert read[0] == (3, 7) and all(rows > 3 for rows, _ in read[1:2])
+    assert len({tuple(row.ids) for row in done[:5:2]}) == 3, "copies are drawn apart"
+    for prompt, row in zip(prompts, done, strict=True):
+        assert (recomputed(model, prompt, row.ids) - torch.tensor(row.logprobs)).abs().max() < 1e-4
+    alone = sample(model, [PROMPTS[0]], Sampling(12, 0), **HOW).rows[0].ids
+    assert [row.ids for row in sample(model, [PROMPTS[0]] * 3, Sampling(12, 0), **HOW).rows] == [alone] * 3

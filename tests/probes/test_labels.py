@@ -100,7 +100,16 @@ def test_too_few_problems():
 
 
 def closing(trace="p#0", step=1, closed=2, left=2, problem="p", **more):
-    base = {"trace": trace, "problem": problem, "family": "f", "difficulty": 1, "first": 2, "step": step, "n": 6}
+    base = {
+        "trace": trace,
+        "problem": problem,
+        "family": "f",
+        "difficulty": 1,
+        "first": 2,
+        "step": step,
+        "n": 6,
+        "n_left": 6,
+    }
     rest = {"token": 20 * (step + 1), "tokens_closed": 5.0, "tokens_left": 50.0, "answered": False}
     return Closing(**(base | rest | {"right_closed": closed, "right_left": left} | more))
 

@@ -30,7 +30,19 @@ def world(seed=0, problems=40, samples=2):
                 costs = float(rng.integers(5, 15)), float(rng.integers(20, 90))
                 rows.append(
                     Closing(
-                        trace.id, f"p{p}", family, 1, 2, 2 * step + 1, 30 * (step + 1), 6, closed, left, *costs, False
+                        trace.id,
+                        f"p{p}",
+                        family,
+                        1,
+                        2,
+                        2 * step + 1,
+                        30 * (step + 1),
+                        6,
+                        6,
+                        closed,
+                        left,
+                        *costs,
+                        False,
                     )
                 )
             traces.append(trace)

@@ -137,7 +137,9 @@ def forecasts(traces):
             end = t.steps[step].token_end
             left = 4.0 * (len(t.response_ids) - end)
             rows.append(
-                Closing(t.id, t.problem.id, t.problem.family, 1, 2, step, end, 4, 4 if free else 1, 4, 8.0, left, free)
+                Closing(
+                    t.id, t.problem.id, t.problem.family, 1, 2, step, end, 4, 4, 4 if free else 1, 4, 8.0, left, free
+                )
             )
     return rows
 
