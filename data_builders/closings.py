@@ -2,8 +2,8 @@
 
 From a separator on, the model itself writes ``samples`` answers behind the closing text and ``left`` continuations of
 the trace left alone; both are graded. (With ``left`` 0 the trace itself is the continuation left alone: one sample,
-which costs nothing, so there can be more traces.) So whether closing costs nothing is measured where the decision falls, instead
-of told from whether the question is easy: a question may be easy because the model thinks about it.
+which costs nothing, so there can be more traces.) So whether closing costs nothing is measured where the decision
+falls, instead of told from whether the question is easy: a question may be easy because the model thinks about it.
 """
 
 from __future__ import annotations

@@ -169,7 +169,8 @@ def choose(
 
     ``plain``: the model is no steered checkpoint; ``exact``: the exact judge knows the problems; ``votable``: their
     answers can be voted over (programs cannot); ``controls``: ``controls_of`` the plan. No names means all that can run
-    of the default ones. Raises UserError for an unknown arm, or a named one that cannot run.
+    of the default ones. Raises UserError for an unknown arm, or a named one that cannot run (of a plan without any
+    rules those that need some are left out).
     """
     rules, skipped, wanted = set(rules), {}, []
     for name in names:
@@ -198,17 +199,19 @@ def choose(
             return "Think or Not has no recipe for programs"
         return ""
 
+    # `choose` writes a plan without rules where none pays: what needs one is then left out, and the report says so.
+    ruleless = not rules and not plain
     unasked = {a.name for a in ARMS.values() if not a.default or (a.trigger in STEERED and a.trigger not in controls)}
     for name in names or [n for n in ARMS if n not in unasked]:
         reason = why_not(ARMS[name])
-        if reason and names:
+        if reason and names and not (ruleless and ARMS[name].rules):
             again = "" if plain or ARMS[name].model == "base" else " or assemble again"
             raise UserError(f"arm '{name}' cannot run: {reason}; leave it out{again}")
         if reason:
             skipped[name] = reason
         else:
             wanted.append(name)
-    if not names:  # an arm falls with what it needs
+    if not names or ruleless:  # an arm falls with what it needs
         for name in [n for n in wanted if any(need in skipped for need in ARMS[n].needs)]:
             wanted.remove(name)
             skipped[name] = f"needs {', '.join(ARMS[name].needs)}"

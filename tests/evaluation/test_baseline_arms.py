@@ -141,6 +141,10 @@ def test_baselines_run_only_when_named_and_where_they_can() -> None:
     with pytest.raises(UserError, match="arm 'no_thinking_share' cannot run: the model is no steered checkpoint"):
         choose(NEEDS_FULL, [], False, plain=True)
     assert not {a.name for a in choose([], ["intra"], True)[0]} & set(RULES)
+    arms, skipped = choose(
+        ["vanilla", "full", "random_trigger", "sft_only"], [], False
+    )  # nothing paid: `choose` kept no rule
+    assert [a.name for a in arms] == ["vanilla", "sft_only"] and set(skipped) == {"full", "random_trigger"}
     arms, _ = choose(["alpha_one", "wait_penalty"], [], False, plain=True)
     assert [a.name for a in arms] == ["vanilla", "wait_penalty", "alpha_one"]
     with pytest.raises(UserError, match=r"arm 'think_or_not' cannot run: .* no recipe for programs; leave it out$"):
