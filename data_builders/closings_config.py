@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from neureasoner.config import check_numbers
 from neureasoner.errors import UserError
 from neureasoner.traces import FINISHED, THINK_CLOSE
 
@@ -35,19 +36,14 @@ class ClosingsConfig:
     seed: int = field(default=0, metadata={"help": "seed of the separators chosen and of the sampling"})
 
     def __post_init__(self) -> None:
-        for key in ("samples", "first", "every", "max_new_tokens", "batch_size"):
-            if getattr(self, key) < 1:
-                raise UserError(f"key '{key}' must be at least 1, got {getattr(self, key)}")
-        for key in ("left", "most", "limit"):
-            if getattr(self, key) < 0:
-                raise UserError(f"key '{key}' must not be negative, got {getattr(self, key)}")
-        if self.temperature < 0:
-            raise UserError(f"key 'temperature' must not be negative, got {self.temperature}")
+        check_numbers(
+            self,
+            positive=("samples", "first", "every", "max_new_tokens", "batch_size"),
+            not_negative=("left", "most", "limit", "temperature"),
+        )
         if self.temperature == 0 and max(self.samples, self.left) > 1:
             raise UserError(
                 "key 'temperature' is 0 and draws the same continuation each time; set samples: 1 and left: 1 or 0"
             )
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"key 'top_p' must lie in (0, 1], got {self.top_p}")
         if THINK_CLOSE not in self.text:
             raise UserError(f"key 'text' must hold {THINK_CLOSE}, got {self.text!r}")

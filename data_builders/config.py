@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from neureasoner.config import check_numbers
 from neureasoner.data_builders.inspect_config import InspectConfig
 from neureasoner.errors import UserError
 
@@ -50,15 +51,7 @@ class RolloutsConfig:
     )
 
     def __post_init__(self) -> None:
-        for key in ("samples", "max_new_tokens", "batch_size"):
-            if getattr(self, key) < 1:
-                raise UserError(f"key '{key}' must be at least 1, got {getattr(self, key)}")
-        if self.limit < 0:
-            raise UserError(f"key 'limit' must not be negative, got {self.limit}")
-        if self.temperature < 0:
-            raise UserError(f"key 'temperature' must not be negative, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"key 'top_p' must lie in (0, 1], got {self.top_p}")
+        check_numbers(self, ("samples", "max_new_tokens", "batch_size"), ("limit", "temperature"))
 
 
 def check_judge(name: str, endpoint: dict[str, Any], key: str, known: tuple[str, ...] = ("exact", "llm")) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from neureasoner.config import check_numbers
 from neureasoner.errors import UserError
 
 
@@ -34,16 +35,9 @@ class PairsConfig:
     seed: int = field(default=0, metadata={"help": "sampling seed"})
 
     def __post_init__(self) -> None:
-        for key in ("tries", "samples", "max_new_tokens", "batch_size", "first_steps"):
-            if getattr(self, key) < 1:
-                raise UserError(f"key '{key}' must be at least 1, got {getattr(self, key)}")
-        for key in ("every", "limit"):
-            if getattr(self, key) < 0:
-                raise UserError(f"key '{key}' must not be negative, got {getattr(self, key)}")
+        check_numbers(self, ("tries", "samples", "max_new_tokens", "batch_size", "first_steps"), ("every", "limit"))
         if self.temperature <= 0:
             raise UserError("key 'temperature' must be above 0: greedy decoding draws the same failure again")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"key 'top_p' must lie in (0, 1], got {self.top_p}")
         unknown = set(self.levels) - {"intra", "inter"}
         if unknown or not self.levels:
             raise UserError(f"key 'levels' names {sorted(unknown)}; known: intra, inter")

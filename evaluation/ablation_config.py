@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from neureasoner.config import check_numbers
 from neureasoner.errors import UserError
-from neureasoner.evaluation.config import check_numbers
 
 TRIGGERS = ("decode", "always", "boundary")
 ACTIONS = ("add", "add_keep_norm")

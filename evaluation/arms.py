@@ -242,7 +242,6 @@ def occasions(trace: Trace, plan: Plan, tokenizer: Any) -> dict[str, tuple[list[
     over a finished trace. A rule could have won where it was due and no rule of higher priority won.
     """
     from neureasoner.inference.rows import RowState
-    from neureasoner.probes.features import MIN_TOKENS
     from neureasoner.steps import Separators, StepSegmenter
     from neureasoner.thinking import opens_thinking
 
@@ -258,9 +257,8 @@ def occasions(trace: Trace, plan: Plan, tokenizer: Any) -> dict[str, tuple[list[
         row.push(token, eos)
         winner = won.get(len(row.tokens))
         for rule in map(plan.rule, order):
-            seen = len(row.tokens) - (0 if rule.trigger.at_step is not None else row.base)
-            if seen < MIN_TOKENS and winner != rule.name:
-                continue  # its probe is silent here
+            if row.silent(rule) and winner != rule.name:
+                continue
             if row.due(rule) and (winner is None or order.index(rule.name) <= order.index(winner)):
                 due[rule.name].append(row.steps)
         if winner is not None:

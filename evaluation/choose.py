@@ -20,7 +20,7 @@ import numpy as np
 from neureasoner.artifacts import read_json, write_json, write_text
 from neureasoner.errors import UserError
 from neureasoner.evaluation.choose_config import ChooseConfig
-from neureasoner.evaluation.choose_search import PLAN_LESS, Search, name_of
+from neureasoner.evaluation.choose_search import PLAN_LESS, Search, joint_plans, name_of
 from neureasoner.evaluation.choose_text import draw, markdown
 from neureasoner.evaluation.metrics import LEVEL, compare, per_problem, summarise
 from neureasoner.evaluation.problems import capped, containment, gradable_problems
@@ -58,7 +58,7 @@ def choose(config: ChooseConfig) -> dict[str, Any]:
         return folder.summary
     held = containment(config.out, problems)
     tried = {r.name: len(config.min_steps.get(r.name, [0])) * len(_asked(config, r)) for r in plan.rules}
-    joint = 0 if len(tried) < 2 else 1 + len(tried) * (len(tried) > 2)
+    joint = joint_plans(len(tried))
     n, plans = len(problems) * config.samples, 1 + sum(tried.values()) + joint
     print(
         f"{plans} plans or so (none, {', '.join(f'{k} of {r} alone' for r, k in tried.items())}, {joint} of several) × "

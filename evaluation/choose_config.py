@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from neureasoner.config import check_numbers
 from neureasoner.errors import UserError
-from neureasoner.evaluation.config import CAP_HELP, check_numbers
+from neureasoner.evaluation.config import CAP_HELP
 
 OWN = "own"
 PARTS = ("train", "validation")  # of the split of `probes fit`: those on which probes were fitted and chosen

@@ -58,6 +58,11 @@ def name_of(candidate: Candidate) -> str:
     return "+".join(s.name for s in candidate) or PLAN_LESS
 
 
+def joint_plans(rules: int) -> int:
+    """Plans of several rules that are tried at the least: all together, and each rule left out of more than two."""
+    return 0 if rules < 2 else 1 if rules == 2 else 1 + rules
+
+
 def _highest(trace: Trace, rule: str, min_steps: int) -> float:
     """The highest score of a rule from so many steps on; -inf where it has none."""
     scores = (s for s in trace.meta["scores"] if s["rule"] == rule and s["step"] + 1 >= min_steps)
@@ -210,7 +215,7 @@ class Search:
         alone = [(s,) for tried in grid.values() for s in tried]
         draws = sum(any(s.may_act(t) for s in c) for c in alone for t in self.watched.values())
         live = [r for r in rules if grid[r]]
-        joint = 0 if len(live) < 2 else 1 if len(live) == 2 else 1 + len(live)
+        joint = joint_plans(len(live))
         bar.console.print(
             f"{len(alone)} plans of one rule: {draws:,} of {len(alone) * n:,} responses are drawn, in the others no "
             f"rule acts; then {joint} or more plans of several rules"

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from neureasoner.evaluation.arms import closed_share, occasions
-from neureasoner.probes.features import MIN_TOKENS
 from neureasoner.traces import Trace
 
 if TYPE_CHECKING:
@@ -49,8 +48,8 @@ def coins(rates: Rates, rule: Rule) -> dict[str, Callable[[RowState], bool]]:
     """The oracle that pulls ``rule`` at these rates: of the row's family, or of ``ANY``."""
 
     def closes(row: RowState) -> bool:
-        if len(row.tokens) - (0 if rule.trigger.at_step is not None else row.base) < MIN_TOKENS:
-            return False  # a probe would be silent here
+        if row.silent(rule):
+            return False
         rate = rates.get(row.problem.family, rates.get(ANY, {})).get(str(row.steps), 0.0)
         return row.coin(rule) < rate
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from neureasoner.config import check_numbers
 from neureasoner.errors import UserError
-from neureasoner.evaluation.config import CAP_HELP, check_numbers
+from neureasoner.evaluation.config import CAP_HELP
 
 ARMS = ("whole", "minus", "factorial")
 NONE, ALL, WITHOUT = "none", "all", "without_"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from neureasoner.config import check_numbers
 from neureasoner.errors import UserError
 
 # What the paper decodes with (core.md §1.11); a benchmark is evaluated so unless told otherwise.
@@ -42,18 +43,6 @@ def shard_of_launch(environ: Mapping[str, str]) -> str:
             "--shard, or unset WORLD_SIZE"
         )
     return f"{int(rank)}/{int(size)}"
-
-
-def check_numbers(config: Any, positive: Sequence[str], not_negative: Sequence[str]) -> None:
-    """Raises UserError naming a key whose number cannot be, ``top_p`` included; for stages that sample answers."""
-    for key in positive:
-        if getattr(config, key) < 1:
-            raise UserError(f"key '{key}' must be at least 1, got {getattr(config, key)}")
-    for key in not_negative:
-        if getattr(config, key) < 0:
-            raise UserError(f"key '{key}' must not be negative, got {getattr(config, key)}")
-    if not 0 < config.top_p <= 1:
-        raise UserError(f"key 'top_p' must lie in (0, 1], got {config.top_p}")
 
 
 @dataclass

@@ -7,6 +7,7 @@ be done by itself (``shard``): it writes parts and nothing else, and a run witho
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ from neureasoner.evaluation.runner import ArmRun, outcomes
 from neureasoner.evaluation.store import listed
 from neureasoner.model_files import model_files, resolve
 from neureasoner.stages import StageFolder
-from neureasoner.traces import Problem, read_traces
+from neureasoner.traces import Problem, Trace, read_traces
 
 if TYPE_CHECKING:
     from neureasoner.progress import Progress
@@ -91,31 +92,33 @@ class Evaluation:
 
     def rates(self) -> dict[str, float]:
         """The coins of ``random_trigger``, measured on full's traces and kept."""
-        file = Path(self.config.out) / "rates.json"
-        if not file.is_file():
-            steered = self.model("steered")
-            full = read_traces(Path(self.config.out) / "traces" / f"{FULL}.jsonl")
-            write_json(file, measured_rates(full, steered.plan, steered.tokenizer))
-        return dict(read_json(file))
+        return self._kept("rates.json", measured_rates)
 
     def closings(self) -> dict[str, Any]:
         """At which rates full closed thinkings, measured on its traces and kept."""
-        file = Path(self.config.out) / "closings.json"
+        return self._kept("closings.json", closing_rates)
+
+    def _kept(self, name: str, measure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        """What ``measure`` finds in full's traces under its plan; measured once, so that a resumed run has the same."""
+        file = Path(self.config.out) / name
         if not file.is_file():
             steered = self.model("steered")
-            full = read_traces(Path(self.config.out) / "traces" / f"{FULL}.jsonl")
-            write_json(file, closing_rates(full, steered.plan, steered.tokenizer))
+            write_json(file, measure(self._traces(FULL), steered.plan, steered.tokenizer))
         return dict(read_json(file))
+
+    def _traces(self, arm: str) -> list[Trace]:
+        """The traces of an arm that has run."""
+        return read_traces(Path(self.config.out) / "traces" / f"{arm}.jsonl")
 
     def thinking(self) -> float:
         """Mean thinking tokens of vanilla, which has run."""
         if self._thinking is None:
-            self._thinking = thinking_of(read_traces(Path(self.config.out) / "traces" / f"{VANILLA}.jsonl"))
+            self._thinking = thinking_of(self._traces(VANILLA))
         return self._thinking
 
     def closed(self) -> float:
         """Share of full's responses whose thinking was closed at once; full has run."""
-        return closed_share(read_traces(Path(self.config.out) / "traces" / f"{FULL}.jsonl"))
+        return closed_share(self._traces(FULL))
 
     def run_of(self, arm: Arm) -> ArmRun:
         """An arm made ready; takes its numbers from the arms that have run."""

@@ -38,13 +38,13 @@ def assemble(config: AssembleConfig) -> dict[str, Any]:
     plan = Plan.load(plan_file)
     source = Path(config.probes) if config.probes else plan.folder / "probes"
     probed = bool(config.probes or plan.probe_paths)
-    if probed and not source.is_dir() and not config.probes:
+    if probed and not source.is_dir():
+        if config.probes:
+            raise UserError(f"{config.probes}: no such folder; run `probes fit` first")
         raise UserError(
             f"plan {plan.name} names probe {plan.probe_paths[0]}, and there is no {source}; give the folder of "
             "`probes fit` as probes"
         )
-    if probed and not source.is_dir():
-        raise UserError(f"{config.probes}: no such folder; run `probes fit` first")
     levels = [f"{kind}{level}" for kind in ("", "paper/") for level in LEVELS] if probed else []
     found = [level for level in levels if _is_probe(source / level)]
     others = {name: _find(plan, name, "directions", config.directions) for name in plan.direction_paths}

@@ -111,7 +111,7 @@ class RowState:
             return False
         if t.max is not None and self.fired[rule.name] >= t.max:
             return False
-        if t.random is not None and len(self.tokens) - self.base < MIN_TOKENS:
+        if t.random is not None and self.silent(rule):
             return False  # a probe would be silent here, and the coin takes its place
         if t.at_step is not None:
             # After an intervention the first steps hold its block: nothing the probe was fitted on.
@@ -131,10 +131,17 @@ class RowState:
 
         A rule with ``at_step`` sees everything from the first token.
         """
-        base = 0 if rule.trigger.at_step is not None else self.base
+        base = self._begin(rule)
         bounds = [b - base for b in self.segmenter.bounds if b >= base]
         now = len(self.tokens) - base
         return base, bounds if bounds and bounds[-1] == now else [*bounds, now]
+
+    def silent(self, rule: Rule) -> bool:
+        """Whether a probe in this rule would have too few tokens to say anything."""
+        return len(self.tokens) - self._begin(rule) < MIN_TOKENS
+
+    def _begin(self, rule: Rule) -> int:
+        return 0 if rule.trigger.at_step is not None else self.base
 
     def coin(self, rule: Rule) -> float:
         """A uniform number for a random trigger; depends on seed, row and rule alone, not on the batch."""

@@ -24,6 +24,18 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 _BOOL = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
+def check_numbers(config: Any, positive: Sequence[str], not_negative: Sequence[str]) -> None:
+    """Raises UserError naming a key whose number cannot be, ``top_p`` included; for stages that sample answers."""
+    for key in positive:
+        if getattr(config, key) < 1:
+            raise UserError(f"key '{key}' must be at least 1, got {getattr(config, key)}")
+    for key in not_negative:
+        if getattr(config, key) < 0:
+            raise UserError(f"key '{key}' must not be negative, got {getattr(config, key)}")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"key 'top_p' must lie in (0, 1], got {config.top_p}")
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` or nothing."""
     match = difflib.get_close_matches(name, list(known), n=1)

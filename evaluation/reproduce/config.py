@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from neureasoner.config import check_numbers
 from neureasoner.errors import UserError
-from neureasoner.evaluation.config import CAP_HELP, check_numbers
+from neureasoner.evaluation.config import CAP_HELP
 
 # Table: the command of a recipe whose results it shows.
 READS = {

@@ -164,7 +164,7 @@ class Level:
         scored = {k: (self.decisions[p.features.window], self.scores(p), p.threshold) for k, p in probes.items()}
         scored["family"] = d, family, outcomes.choose(family, held, price)[0]
         scored["always"] = d, always, 0.0
-        scores = self.scores(chosen)
+        evaluation = self.evaluation(chosen.features.window)
         never = outcomes.utility(np.zeros(len(d.y), bool), held, price)
         return {
             "from_step": self.exit_from,
@@ -172,10 +172,10 @@ class Level:
             "utility": "accuracy in points minus price times tokens in per cent of those left alone, on validation",
             "validation_utility_of_never_closing": round(never, 3),
             **{
-                k: exit_figures(own, outcomes, p, threshold, self.evaluation(chosen.features.window), price)
+                k: exit_figures(own, outcomes, p, threshold, evaluation, price)
                 for k, (own, p, threshold) in scored.items()
             },
-            "curve": outcomes.curve(scores, {"validation": held, "test": test}, price),
+            "curve": outcomes.curve(scored["chosen"][1], {"validation": held, "test": test}, price),
         }
 
 
